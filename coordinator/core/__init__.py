@@ -1,0 +1,1 @@
+"""Pure: events with `now` in, effects and answers out."""

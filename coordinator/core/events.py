@@ -1,0 +1,178 @@
+"""What comes into the core and what it asks of its shell. Values only; `coordinator.proto` is the wire format of the first."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum, IntEnum
+
+from shardlane.ids import ChunkId, Incarnation, PlanNumber, RunId, Step, Version
+from shardlane.plan import Plan, Role
+
+
+class RunState(IntEnum):
+    """The numbers are those of the wire."""
+
+    GATHERING = 1
+    TRAINING = 2
+    PAUSED = 3
+    FINISHING = 4
+    FINISHED = 5
+    FAILED = 6
+
+
+class Control(Enum):
+    PAUSE = "pause"
+    RESUME = "resume"
+    CHECKPOINT = "checkpoint"
+    STOP = "stop"
+
+
+# ---- events ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Registration:
+    incarnation: Incarnation
+    role: Role
+    address: str
+    numerics_class: str
+    metrics_address: str
+    protocol_version: int
+    run_id: str  # empty: whichever run this is
+
+
+@dataclass(frozen=True, slots=True)
+class StepSummary:
+    """What one step came to: the same from every shard of a timeline."""
+
+    step: Step
+    loss: float
+    grad_norm: float
+    learning_rate: float
+    tokens: int
+    skipped: bool = False
+    requests: int = 0  # REQUEST_* bits that took effect with this step
+
+
+@dataclass(frozen=True, slots=True)
+class Heartbeat:
+    incarnation: Incarnation
+    plan: PlanNumber
+    version: Version
+    steps: tuple[StepSummary, ...] = ()
+    activity: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ValidationReport:
+    incarnation: Incarnation
+    version: Version
+    index: int
+    loss_sum: float
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointReport:
+    """A shard's part of a checkpoint is durable; `error` says why it is not."""
+
+    incarnation: Incarnation
+    version: Version
+    optimizer_step: int
+    file: str
+    num_bytes: int
+    chunks: Mapping[ChunkId, Mapping[str, str]]
+    error: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointMark:
+    """A complete checkpoint: its version and its manifest's digest. Version 0 with no digest: the initial parameters."""
+
+    version: Version
+    digest: str
+
+
+NO_CHECKPOINT = CheckpointMark(Version(0), "")
+
+
+# ---- answers -----------------------------------------------------------------------------------------------------------
+
+
+class Fault(Enum):
+    INCOMPATIBLE = "incompatible"  # another protocol, run or numerics class
+    MALFORMED = "malformed"
+    UNKNOWN_MEMBER = "unknown member"  # register anew
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    fault: Fault
+    reason: str
+
+
+# ---- effects: what the shell does, in order ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Announce:
+    """Make the plan durable, then hand it out."""
+
+    plan: Plan
+
+
+@dataclass(frozen=True, slots=True)
+class KeepMember:
+    registration: Registration
+
+
+@dataclass(frozen=True, slots=True)
+class ForgetMember:
+    incarnation: Incarnation
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingRow:
+    """Append to metrics.jsonl."""
+
+    summary: StepSummary
+    tokens_per_second: float  # 0: not known
+
+
+@dataclass(frozen=True, slots=True)
+class ValidationRow:
+    """Append to metrics.jsonl."""
+
+    version: Version
+    loss: float
+
+
+@dataclass(frozen=True, slots=True)
+class DropRows:
+    """A roll-back to `version`: forget rows of later steps and versions."""
+
+    version: Version
+
+
+@dataclass(frozen=True, slots=True)
+class CommitCheckpoint:
+    """Every chunk is in: write the manifest, then tell the core by `on_checkpoint_committed` or `on_checkpoint_failed`."""
+
+    run_id: RunId
+    version: Version
+    optimizer_step: int
+    timeline: int
+    numerics_class: str
+    parts: tuple[CheckpointReport, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Note:
+    """A line for the log."""
+
+    text: str
+    is_warning: bool = False
+
+
+Effect = Announce | KeepMember | ForgetMember | TrainingRow | ValidationRow | DropRows | CommitCheckpoint | Note

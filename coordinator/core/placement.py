@@ -1,0 +1,163 @@
+"""Who does what, as pure functions of who is there: workers to seats, lanes to replicas, chunks to shards.
+
+All of them are deterministic and move as little as they can: what stays where it is needs no new weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+
+from shardlane.ids import Incarnation, Lane
+from shardlane.lanes import Block
+from shardlane.plan import Placement, Replica
+
+Row = tuple[Incarnation, ...]  # the workers of a replica, one a stage
+
+
+def seat_workers(alive: Sequence[Incarnation], *, stages: int, replicas: int, previous: Sequence[Row] = ()) -> list[Row]:
+    """As many whole replicas as `alive` allows, at most `replicas`.
+
+    A worker keeps its seat while its replica goes on; replicas with the fewest holes go on. Holes are filled by who sat at the
+    same stage, then by who has no seat, in the order of `alive`.
+    """
+    num_rows = min(replicas, len(alive) // stages)
+    here = set(alive)
+    rows = [[worker if worker in here else None for worker in row] for row in previous if len(row) == stages]
+    by_holes = sorted(range(len(rows)), key=lambda index: rows[index].count(None))  # stable: among equals the older one goes on
+    kept = [rows[index] for index in sorted(by_holes[:num_rows])]
+    dissolved = [rows[index] for index in sorted(by_holes[num_rows:])]
+    kept += [[None] * stages for _ in range(num_rows - len(kept))]
+    last_stage = {worker: stage for row in dissolved for stage, worker in enumerate(row)}
+    seated = {worker for row in kept for worker in row}
+    free = [worker for worker in alive if worker not in seated]
+    for same_stage in (True, False):
+        for row in kept:
+            for stage, worker in enumerate(row):
+                if worker is None and (fits := [w for w in free if not same_stage or last_stage.get(w) == stage]):
+                    row[stage] = fits[0]
+                    free.remove(fits[0])
+    return [tuple(worker for worker in row if worker is not None) for row in kept]
+
+
+def share_lanes(num_lanes: int, num_replicas: int) -> list[tuple[Block, ...]]:
+    """Contiguous lanes for each replica, in order: counts differ by one at most, and are cut where the fewest blocks arise.
+
+    Dynamic programming over (replicas, how many of them have one lane more); among equals the longer share comes first.
+    """
+    base, num_longer = divmod(num_lanes, num_replicas)
+    costs = [0] + [_UNREACHABLE] * num_longer  # fewest blocks of the replicas so far, by how many of them are longer
+    choices: list[list[bool]] = []
+    for index in range(num_replicas):
+        step, chosen = [_UNREACHABLE] * (num_longer + 1), [False] * (num_longer + 1)
+        for longer, cost in enumerate(costs):
+            first = index * base + longer
+            for extra in (1, 0):
+                if longer + extra > num_longer or cost == _UNREACHABLE:
+                    continue
+                total = cost + len(cover(first, first + base + extra))
+                if total < step[longer + extra] or (total == step[longer + extra] and not extra):
+                    step[longer + extra], chosen[longer + extra] = total, bool(extra)
+        costs = step
+        choices.append(chosen)
+    ends, longer = [num_lanes], num_longer
+    for index in reversed(range(num_replicas)):
+        extra = choices[index][longer]
+        ends.append(ends[-1] - base - extra)
+        longer -= extra
+    ends.reverse()
+    return [cover(first, end) for first, end in zip(ends, ends[1:], strict=False)]
+
+
+_UNREACHABLE = 1 << 60
+
+
+@lru_cache(maxsize=1 << 16)
+def cover(first: int, end: int) -> tuple[Block, ...]:
+    """The fewest blocks that cover lanes `first … end - 1`."""
+    blocks = []
+    while first < end:
+        size = first & -first or 1 << (end - first).bit_length()
+        while size > end - first:
+            size >>= 1
+        blocks.append(Block(Lane(first), size))
+        first += size
+    return tuple(blocks)
+
+
+def form_replicas(rows: Sequence[Row], num_lanes: int) -> tuple[Replica, ...]:
+    return tuple(Replica(row, blocks) for row, blocks in zip(rows, share_lanes(num_lanes, len(rows)), strict=True))
+
+
+def place_chunks(
+    sizes: Sequence[int],
+    shards: Sequence[Incarnation],
+    *,
+    replication: int = 1,
+    previous: Sequence[Placement] = (),
+) -> tuple[Placement, ...]:
+    """`min(replication, len(shards))` holders for each chunk of `sizes` bytes, all in sync: for the beginning of a timeline.
+
+    Primaries are balanced to within the largest chunk, then each rank of backups, as far as a backup must lie elsewhere. Chunks
+    stay where `previous` had them as far as balance allows.
+    """
+    ranks: list[list[Incarnation]] = []
+    for rank in range(min(replication, len(shards))):
+        before = [each.in_sync[rank] if rank < len(each.in_sync) else None for each in previous] or [None] * len(sizes)
+        taken = [{holders[chunk] for holders in ranks} for chunk in range(len(sizes))]
+        ranks.append(_assign(sizes, shards, before, lambda chunk, shard, taken=taken: shard not in taken[chunk]))  # type: ignore[misc]
+    return tuple(Placement(holders) for holders in zip(*ranks, strict=True))
+
+
+def surviving(previous: Sequence[Placement], alive: Sequence[Incarnation]) -> tuple[Placement, ...] | None:
+    """The placements without the dead: the next in-sync copy is primary (rule 13). None if a chunk has no copy left."""
+    here = set(alive)
+    placements = []
+    for placement in previous:
+        in_sync = tuple(shard for shard in placement.in_sync if shard in here)
+        if not in_sync:
+            return None
+        placements.append(Placement(in_sync, placement.learner if placement.learner in here else None))
+    return tuple(placements)
+
+
+def _assign(
+    sizes: Sequence[int],
+    shards: Sequence[Incarnation],
+    before: Sequence[Incarnation | None],
+    allowed: Callable[[int, Incarnation], bool],
+) -> list[Incarnation]:
+    """Largest first to the least loaded (Graham 1969), then from the fullest to the emptiest until they are within a chunk."""
+    loads = dict.fromkeys(shards, 0)
+    owners: list[Incarnation | None] = [None] * len(sizes)
+    largest_first = sorted(range(len(sizes)), key=lambda chunk: (-sizes[chunk], chunk))
+    for chunk, shard in enumerate(before):
+        if shard is not None and shard in loads and allowed(chunk, shard):
+            owners[chunk] = shard
+            loads[shard] += sizes[chunk]
+    for chunk in largest_first:
+        if owners[chunk] is None:
+            shard = min((each for each in shards if allowed(chunk, each)), key=loads.__getitem__)
+            owners[chunk] = shard
+            loads[shard] += sizes[chunk]
+    held = {shard: [chunk for chunk in largest_first if owners[chunk] == shard] for shard in shards}
+    while True:
+        fullest, emptiest = max(shards, key=loads.__getitem__), min(shards, key=loads.__getitem__)
+        gap = loads[fullest] - loads[emptiest]
+        movable = (chunk for chunk in held[fullest] if sizes[chunk] < gap and allowed(chunk, emptiest))
+        if gap <= max(sizes, default=0) or (chunk := next(movable, None)) is None:
+            break
+        held[fullest].remove(chunk)
+        held[emptiest].append(chunk)
+        owners[chunk] = emptiest
+        loads[fullest] -= sizes[chunk]
+        loads[emptiest] += sizes[chunk]
+    return [owner for owner in owners if owner is not None]
+
+
+def num_primary(placements: Sequence[Placement], shards: Sequence[Incarnation]) -> list[int]:
+    """How many chunks each shard is primary for."""
+    counts = dict.fromkeys(shards, 0)
+    for placement in placements:
+        counts[placement.primary] += 1
+    return [counts[shard] for shard in shards]

@@ -1,0 +1,1 @@
+"""What a shard decides, without clock, socket, thread or tensor."""

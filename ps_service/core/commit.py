@@ -1,0 +1,36 @@
+"""The decision of a step: a pure function of one record of every chunk of the model (invariant 4)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ps_service.core.messages import Decision, Record
+from shardlane import rates
+from shardlane.config import Config
+from shardlane.ids import ChunkId, Step
+from shardlane.plan import REQUEST_CHECKPOINT, REQUEST_STOP
+
+
+def decide(step: Step, records: Sequence[Record], *, config: Config, loss_chunk: ChunkId) -> Decision:
+    """`records[c]` is chunk c's record of `step`. Norms add up in chunk order, so no placement can change a bit."""
+    tokens = records[loss_chunk].tokens
+    clip = rates.clip_scale([record.square_norm for record in records], tokens, config.optimizer.max_grad_norm)
+    requests = 0
+    for record in records:
+        requests |= record.requests
+    version = step + 1
+    every = config.checkpoint.every_steps
+    last = version == config.train.last_step
+    stop = last or bool(requests & REQUEST_STOP)
+    return Decision(
+        skipped=not clip.finite,
+        scale=clip.scale,
+        grad_norm=clip.grad_norm,
+        learning_rate=rates.learning_rate(
+            step, optimizer=config.optimizer, schedule=config.schedule, max_steps=config.train.max_steps
+        ),
+        tokens=tokens,
+        loss=records[loss_chunk].loss / tokens if tokens else 0.0,
+        checkpoint=stop or bool(requests & REQUEST_CHECKPOINT) or (every > 0 and version % every == 0),
+        stop=stop,
+    )

@@ -1,0 +1,413 @@
+"""The shard's state machine: events in, effects out. The numbers in comments are the steps of DESIGN.md, section 4.
+
+Roles are fenced by plan number, facts (contributions, records) by timeline. The shell feeds one event at a time and does the
+effects in order before the next one. Everything that was sent may be lost, doubled or reordered: `on_tick` sends again what
+the present state still asks for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+from ps_service.core.barrier import Barrier
+from ps_service.core.messages import (  # fmt: skip
+    Ack,
+    Alarm,
+    Announce,
+    Answer,
+    Apply,
+    AskInSync,
+    Checkpoint,
+    Close,
+    Contribution,
+    Decision,
+    DropSums,
+    Effect,
+    Envelope,
+    Forget,
+    KeepState,
+    KeepSum,
+    Load,
+    Message,
+    Outcome,
+    Position,
+    Publish,
+    Record,
+    Records,
+    Refill,
+    Replicate,
+    Send,
+)
+from shardlane.errors import StaleError
+from shardlane.ids import ChunkId, Incarnation, Step, Version
+from shardlane.plan import Placement, Plan
+
+Decide = Callable[[Step, Sequence[Record]], Decision]
+
+
+@dataclass(slots=True)
+class HeldChunk:
+    """A chunk that this shard holds: at `version`, with the step of the same number open or closed."""
+
+    version: Version
+    barrier: Barrier
+    measuring: bool = False  # every lane is in; the shell is taking the sum's measure
+    closed: Record | None = None  # the sum of step `version` is held, and this is its record
+    acks: set[Incarnation] = field(default_factory=set)  # holders that have the sum too, in the present epoch
+    awaited: set[Incarnation] = field(default_factory=set)  # learners whose acks count before a plan lists them (12)
+
+
+class ShardCore:
+    """One shard. `plan` is None until the first one comes."""
+
+    def __init__(self, me: Incarnation, *, num_sites: Sequence[int], num_lanes: int, last_version: int, decide: Decide) -> None:
+        """`num_sites[c]`: sites of chunk c. `decide` gets the step and its records in chunk order."""
+        self.me = me
+        self.plan: Plan | None = None
+        self.chunks: dict[ChunkId, HeldChunk] = {}
+        self.records: dict[Step, dict[ChunkId, Record]] = {}  # of the open step and the one before (9)
+        self.decided: dict[Step, Decision] = {}  # the same two steps
+        self.end_version = last_version  # no step from here on; a stop brings it forward
+        self.requests = 0  # REQUEST_* bits for the next record that closes here
+        self._num_sites = num_sites
+        self._num_lanes = num_lanes
+        self._decide = decide
+        self._delivered: set[tuple[Incarnation, Step, ChunkId]] = set()  # records known to be known there
+
+    # ---- what a shell may ask ------------------------------------------------------------------------------------------
+
+    @property
+    def version(self) -> int:
+        """The oldest version among the chunks held; -1 while there are none."""
+        return min((held.version for held in self.chunks.values()), default=-1)
+
+    def is_primary(self, chunk: ChunkId) -> bool:
+        return self.plan is not None and chunk in self.chunks and self.plan.placements[chunk].primary == self.me
+
+    def judge(self, contribution: Contribution) -> Answer:
+        """2. What a contribution is answered. Changes nothing, so it may be asked before its values are taken in."""
+        if self.plan is None or not self.is_primary(contribution.chunk):
+            return Answer(Outcome.NOT_OWNER)
+        if contribution.timeline != self.plan.timeline.id:
+            return Answer(Outcome.STALE)
+        held = self.chunks[contribution.chunk]
+        if contribution.step < held.version:
+            return Answer(Outcome.DUPLICATE)  # counted in a step that closed long ago
+        if contribution.step > held.version or held.version >= self.end_version:
+            return Answer(Outcome.NOT_YET)
+        if held.closed is not None or held.measuring:
+            return Answer(Outcome.DUPLICATE)
+        return held.barrier.judge(contribution.site, contribution.block)
+
+    # ---- events --------------------------------------------------------------------------------------------------------
+
+    def on_push(self, contribution: Contribution) -> tuple[Answer, list[Effect]]:
+        """2. Counts a contribution whose values are all here, once."""
+        answer = self.judge(contribution)
+        if answer.outcome is not Outcome.COUNTED:
+            return answer, []
+        held = self.chunks[contribution.chunk]
+        effects = held.barrier.count(contribution)
+        if held.barrier.complete:
+            held.measuring = True
+            effects.append(Close(contribution.chunk, Step(held.version)))
+        return answer, effects
+
+    def on_measured(self, chunk: ChunkId, *, square_norm: float, digest: int) -> list[Effect]:
+        """3. The sum has been taken: from now on sum, table and record are one unit."""
+        held = self.chunks[chunk]
+        held.measuring = False
+        held.closed = Record(
+            Step(held.version), chunk, square_norm, held.barrier.tokens, held.barrier.loss, digest, self.requests
+        )
+        return [*self._replicate(chunk), *self._settle()]
+
+    def on_plan(self, plan: Plan) -> list[Effect]:
+        """1 and 10. Adopts a greater plan. Raises `StaleError` for the same number with another content."""
+        old = self.plan
+        if old is not None and plan.number <= old.number:
+            if plan.number == old.number and plan.digest != old.digest:
+                raise StaleError(f"two plans are numbered {plan.number}: {old.digest[:12]} here, {plan.digest[:12]} offered")
+            return []
+        self.plan = plan
+        effects: list[Effect] = []
+        if old is None or plan.timeline != old.timeline:
+            effects += self._begin_timeline()
+        to_load = []
+        for chunk, placement in enumerate(plan.placements):
+            effects += self._take_role(ChunkId(chunk), placement, None if old is None else old.placements[chunk])
+            if self.me in placement.in_sync and ChunkId(chunk) not in self.chunks:
+                to_load.append(ChunkId(chunk))
+        if to_load:
+            effects += self._load(plan, to_load, begins=old is None or plan.timeline != old.timeline)
+        for chunk in self.chunks:
+            effects += self._replicate(chunk)
+            effects += self._tell_position(chunk)
+        return effects + self._send_records() + self._settle()
+
+    def on_message(self, envelope: Envelope) -> list[Effect]:
+        """A message of another shard. Raises `StaleError` for one of another timeline."""
+        if self.plan is None or envelope.timeline != self.plan.timeline.id:
+            raise StaleError(f"a message of timeline {envelope.timeline} from {envelope.sender}")
+        message = envelope.message
+        if isinstance(message, Records):
+            return self._learn(message.records)  # a fact: no epoch
+        if envelope.plan != self.plan.number:
+            raise StaleError(f"a message of plan {envelope.plan}; the plan here is {self.plan.number}")
+        match message:
+            case Replicate():
+                return self._on_replicate(envelope.sender, message)
+            case Ack():
+                return self._on_ack(envelope.sender, message)
+            case Refill():
+                return self._on_refill(message)
+            case Position():
+                return self._on_position(envelope.sender, message)
+
+    def on_delivered(self, to: Incarnation, message: Message) -> None:
+        """`to` has processed the message."""
+        if isinstance(message, Records):
+            self._delivered |= {(to, record.step, record.chunk) for record in message.records}
+
+    def on_tick(self) -> list[Effect]:
+        """Sends again whatever the present state asks for and is not known to have arrived."""
+        effects: list[Effect] = []
+        for chunk in self.chunks:
+            effects += self._replicate(chunk, again=True)
+            effects += self._tell_position(chunk)
+        return effects + self._send_records()
+
+    # ---- roles ---------------------------------------------------------------------------------------------------------
+
+    def _begin_timeline(self) -> list[Effect]:
+        """14. Whatever belongs to another timeline is void."""
+        effects: list[Effect] = [Forget(chunk) for chunk in self.chunks]
+        self.chunks.clear()
+        self.records.clear()
+        self.decided.clear()
+        self._delivered.clear()
+        return effects
+
+    def _take_role(self, chunk: ChunkId, now: Placement, before: Placement | None) -> list[Effect]:
+        held = self.chunks.get(chunk)
+        if held is None:
+            return []
+        stays = self.me in now.in_sync or (
+            # a learner goes on only under the primary that has been filling it
+            now.learner == self.me and before is not None and before.learner == self.me and before.primary == now.primary
+        )
+        if not stays:
+            del self.chunks[chunk]
+            return [Forget(chunk)]
+        held.acks.clear()  # acks count in their own epoch only
+        held.awaited.clear()
+        if held.closed is None:
+            held.barrier = self._fresh_barrier(chunk)
+            held.measuring = False
+        return [DropSums(chunk, keep_closed=held.closed is not None)]
+
+    def _load(self, plan: Plan, chunks: list[ChunkId], *, begins: bool) -> list[Effect]:
+        if not begins:
+            return [Alarm(f"plan {plan.number} lists {self.me} in sync for {len(chunks)} chunks that it does not hold")]
+        version = plan.timeline.version
+        for chunk in chunks:
+            self.chunks[chunk] = HeldChunk(version, self._fresh_barrier(chunk))
+        effects: list[Effect] = [Load(plan.timeline, tuple(chunks))]
+        effects += [Publish(chunk, version) for chunk in chunks if self.is_primary(chunk)]
+        return effects
+
+    def _fresh_barrier(self, chunk: ChunkId) -> Barrier:
+        return Barrier.fresh(self._num_lanes, self._num_sites[chunk])
+
+    # ---- replication ---------------------------------------------------------------------------------------------------
+
+    def _replicate(self, chunk: ChunkId, again: bool = False) -> list[Effect]:
+        """4. The sum goes to every other holder; what is sent again brings the records of the step before with it."""
+        assert self.plan is not None
+        held, placement = self.chunks[chunk], self.plan.placements[chunk]
+        if placement.primary != self.me:
+            return []
+        effects: list[Effect] = []
+        previous = self._records_before(held.version) if again else ()
+        if held.closed is not None:
+            message = Replicate(held.closed, previous)
+            effects += [self._send(to, message) for to in placement.holders[1:] if to not in held.acks]
+        if placement.learner is not None and placement.learner not in held.awaited:
+            refill = Refill(chunk, held.version, held.closed, self._records_before(held.version))
+            effects.append(self._send(placement.learner, refill))
+        return effects
+
+    def _records_before(self, version: Version) -> tuple[Record, ...]:
+        return tuple(self.records.get(Step(version - 1), {}).values())
+
+    def _on_replicate(self, sender: Incarnation, message: Replicate) -> list[Effect]:
+        """5. The same epoch only. Applies the step before to every chunk held, then keeps the sum and acknowledges it."""
+        assert self.plan is not None
+        chunk, step = message.record.chunk, message.record.step
+        if self.plan.placements[chunk].primary != sender or self.me not in self.plan.placements[chunk].holders:
+            raise StaleError(f"{sender} is not primary of chunk {chunk} for {self.me} in plan {self.plan.number}")
+        effects = self._learn(message.previous)
+        held = self.chunks.get(chunk)
+        if held is None or held.version < int(step):
+            return effects  # not there yet: no ack; the primary asks again
+        if held.version == int(step) and held.closed != message.record:
+            held.closed = message.record  # replaces any sum that was not decided on
+            held.barrier = self._fresh_barrier(chunk)
+            effects += [DropSums(chunk, keep_closed=False), KeepSum(chunk)]
+        effects.append(self._send(sender, Ack(step, chunk)))
+        return effects + self._tell_position(chunk) + self._settle()
+
+    def _on_ack(self, sender: Incarnation, message: Ack) -> list[Effect]:
+        """6. Acks of the present epoch close the chunk."""
+        held = self.chunks.get(message.chunk)
+        if held is None or held.version != int(message.step) or held.closed is None or not self.is_primary(message.chunk):
+            return []
+        held.acks.add(sender)
+        return self._settle()
+
+    def _on_refill(self, message: Refill) -> list[Effect]:
+        """11. Only a learner takes it, and only what is ahead of what it holds."""
+        assert self.plan is not None
+        chunk = message.chunk
+        if self.plan.placements[chunk].learner != self.me:
+            return []
+        held = self.chunks.get(chunk)
+        if held is None or (held.version, held.closed is not None) < (message.version, message.closed is not None):
+            self.chunks[chunk] = HeldChunk(message.version, self._fresh_barrier(chunk), closed=message.closed)
+            effects: list[Effect] = [KeepState(chunk, message.version, with_sum=message.closed is not None)]
+            effects += self._learn(message.previous)
+        else:
+            effects = self._learn(message.previous)
+        return effects + self._tell_position(chunk)
+
+    def _tell_position(self, chunk: ChunkId) -> list[Effect]:
+        """11. A learner says where it stands, after every change."""
+        assert self.plan is not None
+        placement = self.plan.placements[chunk]
+        held = self.chunks.get(chunk)
+        if placement.learner != self.me or held is None:
+            return []
+        return [self._send(placement.primary, Position(chunk, held.version, held.closed is not None))]
+
+    def _on_position(self, sender: Incarnation, message: Position) -> list[Effect]:
+        """12. A learner that stands where the primary stands is waited for from now on, and only then asked to be listed."""
+        assert self.plan is not None
+        held = self.chunks.get(message.chunk)
+        if held is None or not self.is_primary(message.chunk) or self.plan.placements[message.chunk].learner != sender:
+            return []
+        if (held.version, held.closed is not None) != (message.version, message.closed):
+            return self._replicate(message.chunk)
+        held.awaited.add(sender)
+        if held.closed is not None:
+            held.acks.add(sender)
+        return [AskInSync(self.plan.number, message.chunk, sender), *self._settle()]
+
+    # ---- commit --------------------------------------------------------------------------------------------------------
+
+    def _learn(self, records: Iterable[Record]) -> list[Effect]:
+        """Takes in records; each is true for ever within the timeline, whoever repeats it."""
+        current = self.version
+        for record in records:
+            if record.step >= current - 1:
+                self.records.setdefault(record.step, {}).setdefault(record.chunk, record)
+        return self._settle()
+
+    def _settle(self) -> list[Effect]:
+        """6 to 8. Reports what has closed, decides what can be decided, applies what was decided, until nothing moves."""
+        effects: list[Effect] = []
+        while moved := self._report_closed() + self._apply_decided():
+            effects += moved
+        return effects
+
+    def _report_closed(self) -> list[Effect]:
+        """6. Nobody is told anything about a chunk that its in-sync backups do not hold."""
+        assert self.plan is not None
+        fresh = []
+        for chunk, held in self.chunks.items():
+            if held.closed is None or not self.is_primary(chunk):
+                continue
+            needed = {*self.plan.placements[chunk].in_sync[1:], *held.awaited}
+            known = self.records.setdefault(held.closed.step, {})
+            if needed <= held.acks and chunk not in known:
+                known[chunk] = held.closed
+                fresh.append(held.closed)
+        return self._send_records(fresh) if fresh else []
+
+    def _send_records(self, records: Sequence[Record] | None = None) -> list[Effect]:
+        """To every other shard of the plan: `records`, or all that are kept and not known to be there (9)."""
+        assert self.plan is not None
+        if records is None:
+            records = [record for step in sorted(self.records) for record in self.records[step].values()]
+        effects: list[Effect] = []
+        for shard in self.plan.shards:
+            news = tuple(record for record in records if (shard, record.step, record.chunk) not in self._delivered)
+            if shard != self.me and news:
+                effects.append(self._send(shard, Records(news)))
+        return effects
+
+    def _decision(self, step: Step) -> Decision | None:
+        """7. Who holds one record of every chunk of the model decides."""
+        if step not in self.decided:
+            known = self.records.get(step, {})
+            if len(known) < len(self._num_sites):
+                return None
+            self.decided[step] = self._decide(step, [known[ChunkId(chunk)] for chunk in range(len(self._num_sites))])
+        return self.decided[step]
+
+    def _apply_decided(self) -> list[Effect]:
+        """8. Every chunk whose step is decided moves on, if its sum is the one that was decided on."""
+        effects: list[Effect] = []
+        steps = sorted({Step(held.version) for held in self.chunks.values() if held.closed is not None})
+        for step in steps:
+            decision = self._decision(step)
+            if decision is None:
+                continue
+            applied = []
+            for chunk, held in self.chunks.items():
+                if held.version != int(step) or held.closed is None:
+                    continue
+                if held.closed.digest != self.records[step][chunk].digest:
+                    held.closed = None  # a deposed primary's own sum: another one was decided on
+                    held.barrier = self._fresh_barrier(chunk)
+                    effects.append(DropSums(chunk, keep_closed=False))
+                    continue
+                applied.append(chunk)
+                effects += self._apply(chunk, held, decision)
+            effects += self._after_apply(step, decision, applied)
+        return effects
+
+    def _apply(self, chunk: ChunkId, held: HeldChunk, decision: Decision) -> list[Effect]:
+        step = Step(held.version)
+        scale = None if decision.skipped else decision.scale
+        held.version = Version(step + 1)
+        held.closed = None
+        held.acks.clear()
+        held.barrier = self._fresh_barrier(chunk)
+        effects: list[Effect] = [Apply(chunk, step, scale, decision.learning_rate)]
+        if self.is_primary(chunk):
+            effects.append(Publish(chunk, held.version))
+        return effects + self._tell_position(chunk)
+
+    def _after_apply(self, step: Step, decision: Decision, applied: list[ChunkId]) -> list[Effect]:
+        if not applied:
+            return []
+        version = Version(step + 1)
+        effects: list[Effect] = [Announce(step, decision)]
+        primaries = tuple(chunk for chunk in applied if self.is_primary(chunk))
+        if decision.checkpoint and primaries:
+            effects.append(Checkpoint(version, primaries))
+        if decision.checkpoint:
+            self.requests = 0
+        if decision.stop:
+            self.end_version = version
+        oldest = self.version - 1
+        for kept in (self.records, self.decided):
+            for old in [each for each in kept if each < oldest]:
+                del kept[old]
+        self._delivered = {key for key in self._delivered if key[1] >= oldest}
+        return effects
+
+    def _send(self, to: Incarnation, message: Message) -> Send:
+        assert self.plan is not None
+        return Send(to, Envelope(self.me, self.plan.number, self.plan.timeline.id, message))

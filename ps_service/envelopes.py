@@ -1,0 +1,117 @@
+"""Messages between shards ↔ protobuf, with the tensors that go along as one run of bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+from torch import Tensor
+
+from ps_service.core.messages import Ack, Envelope, Message, Position, Record, Records, Refill, Replicate
+from shardlane import wire
+from shardlane.chunks import byte_view
+from shardlane.errors import MalformedError
+from shardlane.ids import ChunkId, Incarnation, RunId, Step, Version
+from shardlane.pb import ps_pb2, tensor_pb2
+
+
+def record_to_wire(record: Record) -> ps_pb2.Record:
+    return ps_pb2.Record(
+        step=record.step,
+        chunk=record.chunk,
+        square_norm=record.square_norm,
+        tokens=record.tokens,
+        loss=record.loss,
+        digest=record.digest,
+        requests=record.requests,
+    )
+
+
+def record_from_wire(record: ps_pb2.Record, num_chunks: int) -> Record:
+    """Raises `MalformedError` for a chunk that the model does not have."""
+    return Record(
+        Step(record.step),
+        chunk_id(record.chunk, num_chunks),
+        record.square_norm,
+        record.tokens,
+        record.loss,
+        record.digest,
+        record.requests,
+    )
+
+
+def chunk_id(chunk: int, num_chunks: int) -> ChunkId:
+    """Raises `MalformedError` for a chunk that the model does not have."""
+    if chunk >= num_chunks:
+        raise MalformedError(f"chunk {chunk} is not one of the model's {num_chunks}")
+    return ChunkId(chunk)
+
+
+def to_wire(
+    envelope: Envelope, tensors: Sequence[Tensor], *, run_id: RunId, receiver: Incarnation
+) -> Iterator[wire.Framed[ps_pb2.DeliverRequest]]:
+    """The pieces of one message. The first says what it is; the values of `tensors`, each fp32, follow one another."""
+    header = ps_pb2.DeliverRequest(
+        run_id=run_id,
+        sender=envelope.sender,
+        receiver=receiver,
+        plan=wire.number_to_wire(envelope.plan),
+        timeline=envelope.timeline,
+        **_body(envelope.message),
+    )
+    total = sum(4 * tensor.numel() for tensor in tensors)
+    if not total:
+        yield wire.Framed(header)
+        return
+    offset = 0
+    for tensor in tensors:
+        view = byte_view(tensor)
+        for start, end in wire.payload_ranges(len(view)):
+            header.slice.CopyFrom(tensor_pb2.Slice(dtype=tensor_pb2.D_TYPE_FLOAT32, offset=offset + start, total=total))
+            yield wire.Framed(header, view[start:end])
+            header = ps_pb2.DeliverRequest()
+        offset += len(view)
+
+
+def _body(message: Message) -> dict[str, object]:
+    match message:
+        case Replicate():
+            previous = [record_to_wire(record) for record in message.previous]
+            return {"replicate": ps_pb2.Replicate(record=record_to_wire(message.record), previous=previous)}
+        case Ack():
+            return {"ack": ps_pb2.Ack(step=message.step, chunk=message.chunk)}
+        case Records():
+            return {"records": ps_pb2.Records(records=[record_to_wire(record) for record in message.records])}
+        case Refill():
+            closed = None if message.closed is None else record_to_wire(message.closed)
+            previous = [record_to_wire(record) for record in message.previous]
+            return {"refill": ps_pb2.Refill(chunk=message.chunk, version=message.version, closed=closed, previous=previous)}
+        case Position():
+            position = ps_pb2.Position(chunk=message.chunk, version=message.version, closed=message.closed)
+            return {"position": position}
+
+
+def from_wire(request: ps_pb2.DeliverRequest, num_chunks: int) -> Envelope:
+    """Raises `MalformedError`."""
+
+    def records(messages: Iterable[ps_pb2.Record]) -> tuple[Record, ...]:
+        return tuple(record_from_wire(each, num_chunks) for each in messages)
+
+    message: Message
+    match request.WhichOneof("body"):
+        case "replicate":
+            body = request.replicate
+            message = Replicate(record_from_wire(body.record, num_chunks), records(body.previous))
+        case "ack":
+            message = Ack(Step(request.ack.step), chunk_id(request.ack.chunk, num_chunks))
+        case "records":
+            message = Records(records(request.records.records))
+        case "refill":
+            refill = request.refill
+            closed = record_from_wire(refill.closed, num_chunks) if refill.HasField("closed") else None
+            message = Refill(chunk_id(refill.chunk, num_chunks), Version(refill.version), closed, records(refill.previous))
+        case "position":
+            where = request.position
+            message = Position(chunk_id(where.chunk, num_chunks), Version(where.version), where.closed)
+        case _:
+            raise MalformedError("a message between shards says nothing that is known here")
+    return Envelope(Incarnation(request.sender), wire.number_from_wire(request.plan), request.timeline, message)

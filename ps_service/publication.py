@@ -1,0 +1,64 @@
+"""Which version of each chunk may be pulled, and the calls that wait for the next one."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterable
+
+from shardlane.ids import ChunkId, Version
+
+
+class Publications:
+    """Versions published by this shard as a primary. A version, once published, never changes."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._versions: dict[ChunkId, Version] = {}
+        self._generation = 0  # of the plan: a new one fails every waiting pull
+        self.num_waiting = 0
+
+    def publish(self, chunk: ChunkId, version: Version) -> None:
+        with self._changed:
+            self._versions[chunk] = version
+            self._changed.notify_all()
+
+    def withdraw(self, chunk: ChunkId) -> None:
+        with self._changed:
+            self._versions.pop(chunk, None)
+
+    def fail_waiting(self) -> None:
+        """Every waiting pull ends early and is asked again."""
+        with self._changed:
+            self._generation += 1
+            self._changed.notify_all()
+
+    @property
+    def generation(self) -> int:
+        return self._generation
+
+    def oldest(self) -> int:
+        """The version that every chunk published here has reached; -1 while there is none."""
+        with self._changed:
+            return min(self._versions.values(), default=-1)
+
+    def wait_any(
+        self, chunks: Iterable[ChunkId], version: Version, *, generation: int, deadline: float
+    ) -> dict[ChunkId, Version]:
+        """Those of `chunks` whose published version is at least `version`, as soon as there is one.
+
+        Empty at `deadline` (monotonic seconds) or when `generation` has passed.
+        """
+        waited = list(chunks)
+        with self._changed:
+            self.num_waiting += 1
+            try:
+                while True:
+                    ready = {chunk: now for chunk in waited if (now := self._versions.get(chunk, -1)) >= version}
+                    if ready or self._generation != generation:
+                        return {chunk: Version(now) for chunk, now in ready.items()}
+                    remaining = deadline - time.monotonic()
+                    if remaining <= 0 or not self._changed.wait(remaining):
+                        return {}
+            finally:
+                self.num_waiting -= 1

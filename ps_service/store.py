@@ -1,0 +1,214 @@
+"""The tensors of a shard: parameters, optimizer state, partial sums. It does what the core says and decides nothing.
+
+Parameters are read by pulls and checkpoints while the optimizer wants to write them. A reader takes a *pin*: the next update
+then moves on to a copy and leaves the old values to the readers. So nobody waits for a slow reader, and nobody sees a torn chunk.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ps_service.core.messages import Apply
+from shardlane.config import Config
+from shardlane.ids import ChunkId, SiteIndex, Version
+from shardlane.lanes import Block, lane
+from shardlane.numerics import fast_digest, square_sum
+from shardlane.optimizers import ChunkOptimizer
+from shardlane.partition import OPTIMIZER_STATES, Layout
+
+
+class BufferPool:
+    """fp32 buffers to use again, by size: a first touch of fresh memory costs eight times a second one."""
+
+    def __init__(self) -> None:
+        self._free: dict[int, list[Tensor]] = {}
+        self._lock = threading.Lock()
+        self.bytes_taken = 0
+
+    def take(self, num_elements: int) -> Tensor:
+        """fp32 [num_elements], its values undefined."""
+        with self._lock:
+            self.bytes_taken += 4 * num_elements
+            free = self._free.get(num_elements)
+            if free:
+                return free.pop()
+        return torch.empty(num_elements, dtype=torch.float32)
+
+    def give(self, buffer: Tensor) -> None:
+        with self._lock:
+            self.bytes_taken -= 4 * buffer.numel()
+            self._free.setdefault(buffer.numel(), []).append(buffer)
+
+
+@dataclass
+class StoredChunk:
+    """One chunk's tensors, each fp32 [num_elements]."""
+
+    optimizer: ChunkOptimizer
+    version: Version
+    partials: dict[tuple[SiteIndex, Block], Tensor] = field(default_factory=dict)
+    sum: Tensor | None = None  # while the step is closed
+    parameter_pins: int = 0
+    state_pins: int = 0
+    sum_pins: int = 0
+    lock: threading.Lock = field(default_factory=threading.Lock)  # of version, pins and the optimizer's tensors
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkImage:
+    """A pinned, unchanging view of a chunk at one version."""
+
+    version: Version
+    num_steps: int
+    tensors: Mapping[str, Tensor]  # "parameter" and the optimizer's states
+
+
+class TensorStore:
+    """All chunks that this shard holds. Called under the shard's lock, but for pins and images."""
+
+    def __init__(self, config: Config, layout: Layout) -> None:
+        self._config = config
+        self._layout = layout
+        self._num_lanes = config.train.lanes
+        self.pool = BufferPool()
+        self.chunks: dict[ChunkId, StoredChunk] = {}
+
+    # ---- state ---------------------------------------------------------------------------------------------------------
+
+    def put(self, chunk: ChunkId, version: Version, tensors: Mapping[str, Tensor], num_steps: int) -> None:
+        """Takes over `tensors["parameter"]` and copies the optimizer's states, absent ones meaning a fresh optimizer."""
+        decay = self._layout.tensors[self._layout.chunks[chunk].tensor].decay
+        optimizer = ChunkOptimizer(self._config.optimizer, tensors["parameter"], decay=decay)
+        names = OPTIMIZER_STATES[self._config.optimizer.name]
+        if num_steps:
+            optimizer.load({name: tensors[name] for name in names}, num_steps)
+        self.chunks[chunk] = StoredChunk(optimizer, version)
+
+    def forget(self, chunk: ChunkId) -> None:
+        stored = self.chunks.pop(chunk, None)
+        if stored is not None:
+            self._drop_sums(stored, keep_closed=False)
+
+    def apply(self, effect: Apply) -> None:
+        """One optimizer step, or none, and the next version."""
+        stored = self.chunks[effect.chunk]
+        assert stored.sum is not None
+        with stored.lock:
+            if effect.scale is not None:
+                self._leave_to_readers(stored)
+                stored.optimizer.apply(stored.sum, scale=effect.scale, learning_rate=effect.learning_rate)
+            stored.version = Version(effect.step + 1)
+        if not stored.sum_pins:
+            self.pool.give(stored.sum)
+        stored.sum = None
+
+    def _leave_to_readers(self, stored: StoredChunk) -> None:
+        optimizer = stored.optimizer
+        if stored.parameter_pins or stored.state_pins:
+            optimizer.parameter.data = optimizer.parameter.data.clone()
+            stored.parameter_pins = 0
+        if stored.state_pins:
+            optimizer.load(optimizer.states(), optimizer.num_steps)  # copies; the old tensors stay with the readers
+            stored.state_pins = 0
+        if stored.sum_pins:
+            assert stored.sum is not None
+            stored.sum = stored.sum.clone()
+            stored.sum_pins = 0
+
+    # ---- sums ----------------------------------------------------------------------------------------------------------
+
+    def keep(self, chunk: ChunkId, site: SiteIndex, block: Block, values: Tensor) -> None:
+        """`values`, from the pool, become the partial sum of `block`."""
+        self.chunks[chunk].partials[site, block] = values
+
+    def join(self, chunk: ChunkId, site: SiteIndex, left: Block, right: Block) -> None:
+        """left += right: lanes add up along the tree, the lower lanes on the left."""
+        partials = self.chunks[chunk].partials
+        right_values = partials.pop((site, right))
+        partials[site, left.parent] = partials.pop((site, left)).add_(right_values)
+        self.pool.give(right_values)
+
+    def close(self, chunk: ChunkId) -> tuple[float, int]:
+        """Adds the sites in order. Returns the sum's square norm (fp64) and digest."""
+        stored = self.chunks[chunk]
+        whole = lane(0) if self._num_lanes == 1 else Block(lane(0).first, self._num_lanes)
+        total = stored.partials.pop((SiteIndex(0), whole))  # the first addend is taken, never added to zeros
+        for site in range(1, self._layout.num_sites(chunk)):
+            values = stored.partials.pop((SiteIndex(site), whole))
+            total.add_(values)
+            self.pool.give(values)
+        stored.sum = total
+        return square_sum(total), fast_digest(total)
+
+    def keep_sum(self, chunk: ChunkId, values: Tensor) -> None:
+        """`values`, from the pool, become the chunk's whole sum."""
+        self.chunks[chunk].sum = values
+
+    def drop_sums(self, chunk: ChunkId, *, keep_closed: bool) -> None:
+        self._drop_sums(self.chunks[chunk], keep_closed)
+
+    def _drop_sums(self, stored: StoredChunk, keep_closed: bool) -> None:
+        for values in stored.partials.values():
+            self.pool.give(values)
+        stored.partials.clear()
+        if stored.sum is not None and not keep_closed:
+            if not stored.sum_pins:
+                self.pool.give(stored.sum)
+            stored.sum, stored.sum_pins = None, 0
+
+    @property
+    def num_partial_bytes(self) -> int:
+        return self.pool.bytes_taken
+
+    # ---- readers -------------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def parameter_at(self, chunk: ChunkId, version: Version) -> Iterator[Tensor | None]:
+        """The chunk's parameters, fp32 [num_elements], unchanging while the context lasts; None if it is not at `version`."""
+        stored = self.chunks.get(chunk)
+        if stored is None:
+            yield None
+            return
+        with stored.lock:
+            if stored.version != version:
+                parameter = None
+            else:
+                parameter = stored.optimizer.parameter.detach()
+                stored.parameter_pins += 1
+        try:
+            yield parameter
+        finally:
+            if parameter is not None:
+                with stored.lock:
+                    if stored.optimizer.parameter.data_ptr() == parameter.data_ptr():
+                        stored.parameter_pins -= 1
+
+    def pin_image(self, chunk: ChunkId) -> ChunkImage:
+        """The chunk as it is now, for a checkpoint or a refill; give it back by `unpin_image`."""
+        stored = self.chunks[chunk]
+        with stored.lock:
+            stored.state_pins += 1
+            tensors = {"parameter": stored.optimizer.parameter.detach(), **stored.optimizer.states()}
+            return ChunkImage(stored.version, stored.optimizer.num_steps, tensors)
+
+    def unpin_image(self, chunk: ChunkId, image: ChunkImage) -> None:
+        """Without this the next update merely copies once for nothing."""
+        stored = self.chunks.get(chunk)
+        if stored is None:
+            return
+        with stored.lock:
+            if stored.state_pins and stored.optimizer.parameter.data_ptr() == image.tensors["parameter"].data_ptr():
+                stored.state_pins -= 1
+
+    def pin_sum(self, chunk: ChunkId) -> Tensor:
+        """The chunk's sum for a backup; a sum that is still on its way when it is applied is left to the reader."""
+        stored = self.chunks[chunk]
+        assert stored.sum is not None
+        stored.sum_pins += 1
+        return stored.sum

@@ -1,0 +1,22 @@
+"""At which versions something happens besides training. Pure; neither can change what is trained."""
+
+from __future__ import annotations
+
+from shardlane.config import Config
+
+
+def validates_at(version: int, config: Config) -> bool:
+    """Whether the held-out loss of `version` is taken: every so many steps, and when the whole run is done.
+
+    Not at a mere `train.stop_at_step`: a run that pauses has the same rows as one that does not.
+    """
+    validation = config.validation
+    if not validation.num_micro_batches or not version:
+        return False
+    return version == config.train.max_steps or (validation.every_steps > 0 and version % validation.every_steps == 0)
+
+
+def checkpoints_at(version: int, config: Config) -> bool:
+    """Whether `version` is checkpointed unasked: every so many steps, and wherever this run ends."""
+    every = config.checkpoint.every_steps
+    return version == config.train.last_step or (every > 0 and version > 0 and version % every == 0)

@@ -1,0 +1,328 @@
+"""Validated settings. Built once, at the edge, from file < environment < command line; nothing reads the environment later.
+
+Keys carry the names that the field knows. A file is TOML or YAML; `SHARDLANE_SECTION__KEY` overrides it; `--section.key value`
+overrides both. Unknown keys are refused with a suggestion. `Config.mathematics()` is the part that a resumed run may not change.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from shardlane.errors import ConfigError
+
+ENVIRONMENT_PREFIX = "SHARDLANE_"
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelConfig(Section):
+    """A Llama-style decoder. Names are Hugging Face's (`LlamaConfig`)."""
+
+    preset: Literal["demo", "tiny", "20m", "llama-3.2-1b", "llama-3-8b", ""] = Field("", description="fills every key not given")
+    vocab_size: int = Field(8192, ge=2, le=1 << 20)
+    hidden_size: int = Field(384, ge=2)
+    intermediate_size: int = Field(1024, ge=2)
+    num_hidden_layers: int = Field(6, ge=1, le=1024)
+    num_attention_heads: int = Field(6, ge=1)
+    num_key_value_heads: int = Field(2, ge=1, description="grouped-query attention: a divisor of num_attention_heads")
+    rope_theta: float = Field(10_000.0, gt=0)
+    rms_norm_eps: float = Field(1e-5, gt=0)
+    tie_word_embeddings: bool = False
+    initializer_range: float = Field(0.02, gt=0, description="standard deviation of the initial weights")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_from_preset(cls, values: Any) -> Any:
+        if isinstance(values, Mapping) and values.get("preset") in MODEL_PRESETS:
+            return {**MODEL_PRESETS[values["preset"]], **values}
+        return values
+
+    @model_validator(mode="after")
+    def _check_heads(self) -> Self:
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}"
+            )
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads {self.num_attention_heads} is not a multiple of num_key_value_heads {self.num_key_value_heads}"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"the head size {self.head_dim} is odd; rotary embeddings need an even one")
+        return self
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+
+def _shape(vocab: int, hidden: int, inner: int, layers: int, heads: int, kv: int, theta: float, tied: bool) -> dict[str, Any]:
+    return {
+        "vocab_size": vocab, "hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": layers,
+        "num_attention_heads": heads, "num_key_value_heads": kv, "rope_theta": theta, "tie_word_embeddings": tied,
+    }  # fmt: skip
+
+
+MODEL_PRESETS: dict[str, dict[str, Any]] = {
+    "tiny": _shape(512, 64, 160, 4, 4, 2, 10_000.0, False),
+    "demo": _shape(4096, 256, 704, 4, 8, 4, 10_000.0, False),
+    "20m": _shape(8192, 384, 1024, 8, 6, 6, 10_000.0, False),
+    "llama-3.2-1b": _shape(128_256, 2048, 8192, 16, 32, 8, 500_000.0, True),
+    "llama-3-8b": _shape(128_256, 4096, 14_336, 32, 32, 8, 500_000.0, False),
+}
+
+
+class DataConfig(Section):
+    path: str = Field("", description="folder of a prepared token file; empty: RUN_DIR/data, prepared on first use")
+    source: str = Field("python-stdlib", description="text to prepare when `path` is empty: python-stdlib, a file or a folder")
+    tokenizer: str = Field("", description="a tokenizer.json to use; empty: train a byte-level BPE on the source")
+    source_bytes_max: int = Field(0, ge=0, description="stop reading the source after so many bytes; 0: read it all")
+    held_out_fraction: float = Field(0.02, ge=0, lt=1, description="part of the documents kept for validation")
+
+
+class TrainConfig(Section):
+    seq_len: int = Field(256, ge=2, description="tokens a sequence")
+    micro_batch_size: int = Field(4, ge=1, description="sequences a micro-batch")
+    global_batch_size: int = Field(32, ge=1, description="sequences a step")
+    lanes: int = Field(4, ge=1, description="logical data-parallel ranks; a power of two; fixed for the run's life")
+    max_steps: int = Field(200, ge=1, description="steps of the whole run; the learning-rate schedule is laid over them")
+    stop_at_step: int = Field(0, ge=0, description="stop and checkpoint here, to go on later; 0: at max_steps")
+    seed: int = Field(1234, ge=0, lt=1 << 63)
+
+    @model_validator(mode="after")
+    def _check_batch(self) -> Self:
+        if self.lanes & (self.lanes - 1):
+            raise ValueError(f"lanes is {self.lanes}; it must be a power of two, so that lanes add up along a binary tree")
+        if self.global_batch_size % (self.micro_batch_size * self.lanes):
+            raise ValueError(
+                f"global_batch_size {self.global_batch_size} is not a multiple of micro_batch_size x lanes"
+                f" ({self.micro_batch_size} x {self.lanes})"
+            )
+        if self.stop_at_step > self.max_steps:
+            raise ValueError(f"stop_at_step {self.stop_at_step} is beyond max_steps {self.max_steps}")
+        return self
+
+    @property
+    def num_micro_batches(self) -> int:
+        """M: micro-batches a step, over all lanes."""
+        return self.global_batch_size // self.micro_batch_size
+
+    @property
+    def last_step(self) -> int:
+        """The version at which this run ends."""
+        return self.stop_at_step or self.max_steps
+
+
+class OptimizerConfig(Section):
+    name: Literal["sgd", "momentum", "adam", "adamw"] = "adamw"
+    learning_rate: float = Field(3e-3, ge=0)
+    weight_decay: float = Field(0.1, ge=0, description="decoupled for adamw; never applied to norms")
+    beta1: float = Field(0.9, ge=0, lt=1)
+    beta2: float = Field(0.95, ge=0, lt=1)
+    eps: float = Field(1e-8, gt=0)
+    momentum: float = Field(0.9, ge=0, lt=1)
+    max_grad_norm: float = Field(1.0, ge=0, description="clip the global norm to this; 0: do not clip")
+
+
+class ScheduleConfig(Section):
+    """Learning rate over steps: a linear warm-up, then `name`."""
+
+    name: Literal["constant", "linear", "cosine", "wsd"] = "cosine"
+    warmup_steps: int = Field(0, ge=0)
+    decay_steps: int = Field(0, ge=0, description="wsd only: steps of the final linear decay")
+    min_ratio: float = Field(0.1, ge=0, le=1, description="the last learning rate over the peak")
+
+
+class PipelineConfig(Section):
+    schedule: Literal["1f1b", "gpipe"] = "1f1b"
+
+
+class ValidationConfig(Section):
+    every_steps: int = Field(0, ge=0, description="0: only at the end")
+    num_micro_batches: int = Field(8, ge=0, description="held-out micro-batches a validation; 0: never validate")
+
+
+class CheckpointConfig(Section):
+    path: str = Field("", description="folder of checkpoints; empty: RUN_DIR/checkpoints")
+    every_steps: int = Field(0, ge=0, description="0: only at the end and on request")
+    keep_last: int = Field(3, ge=1)
+    resume: Literal["auto", "never"] = "auto"
+    init_from: str = Field("", description="a safetensors file with Hugging Face names to take version 0 from")
+
+
+class ClusterConfig(Section):
+    stages: int = Field(1, ge=1, le=1024, description="P: pipeline stages")
+    replicas: int = Field(1, ge=1, le=1024, description="R: chains of workers; at most `train.lanes`")
+    shards: int = Field(1, ge=1, le=1024, description="S: parameter shards")
+    lease_seconds: float = Field(10.0, ge=1, description="a member silent for longer is taken for dead")
+
+
+class NumericsConfig(Section):
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16: autocast; weights, sums and moments stay fp32")
+    threads: int = Field(1, ge=1, le=256, description="torch threads in every process; a changed count changes bits")
+    determinism: Literal["warn", "strict"] = Field("warn", description="strict: refuse a member of another numerics class")
+    chunk_bytes: int = Field(4 << 20, ge=1 << 10, le=4 << 20, multiple_of=64, description="most bytes (fp32) of a chunk")
+
+
+class TransportConfig(Section):
+    """Bounds on memory that peers can make a process take."""
+
+    inbox_bytes: int = Field(256 << 20, ge=1 << 20, description="activations waiting in a worker, at most")
+    push_queue_bytes: int = Field(256 << 20, ge=1 << 20, description="gradients waiting to be pushed, at most")
+
+
+class LogConfig(Section):
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    format: Literal["text", "json"] = "text"
+    every_steps: int = Field(1, ge=1, description="steps a line on the terminal; metrics.jsonl has every step")
+
+
+class Config(Section):
+    run_name: str = Field("run", min_length=1, max_length=64, pattern=r"^[A-Za-z0-9._-]+$")
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    train: TrainConfig = TrainConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    pipeline: PipelineConfig = PipelineConfig()
+    validation: ValidationConfig = ValidationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    cluster: ClusterConfig = ClusterConfig()
+    numerics: NumericsConfig = NumericsConfig()
+    transport: TransportConfig = TransportConfig()
+    log: LogConfig = LogConfig()
+
+    @model_validator(mode="after")
+    def _check_across(self) -> Self:
+        if self.cluster.stages > self.model.num_hidden_layers:
+            raise ValueError(
+                f"cluster.stages {self.cluster.stages} is more than model.num_hidden_layers {self.model.num_hidden_layers};"
+                " a stage has at least one layer"
+            )
+        if self.cluster.replicas > self.train.lanes:
+            raise ValueError(
+                f"cluster.replicas {self.cluster.replicas} is more than train.lanes {self.train.lanes}; a replica has at least one lane"
+            )
+        if self.schedule.warmup_steps + self.schedule.decay_steps > self.train.max_steps:
+            raise ValueError(
+                f"schedule.warmup_steps + decay_steps ({self.schedule.warmup_steps} + {self.schedule.decay_steps})"
+                f" exceed train.max_steps {self.train.max_steps}"
+            )
+        return self
+
+    def mathematics(self) -> dict[str, Any]:
+        """The settings that decide the weights, bit for bit within a numerics class; the data's hash is kept beside it."""
+        keep: dict[str, Any] = {name: getattr(self, name).model_dump() for name in ("model", "train", "optimizer", "schedule")}
+        del keep["train"]["stop_at_step"], keep["model"]["preset"]
+        keep["numerics"] = self.numerics.model_dump(exclude={"determinism"})
+        keep["init_from"] = self.checkpoint.init_from
+        return keep
+
+    def mathematics_hash(self) -> str:
+        return hashlib.sha256(json.dumps(self.mathematics(), sort_keys=True).encode()).hexdigest()
+
+    def with_changes(self, changes: Mapping[str, Any]) -> Config:
+        """A copy with dotted keys changed, validated again: `config.with_changes({"train.max_steps": 8})`."""
+        values = self.model_dump()
+        for dotted, value in changes.items():
+            _set_dotted(values, dotted, value)
+        return build(values)
+
+
+def load(path: str | Path, overrides: Sequence[str] = (), environment: Mapping[str, str] | None = None) -> Config:
+    """Reads a TOML or YAML file, then `environment`, then `overrides` (`["--section.key", "value", …]`).
+
+    Raises `ConfigError` with one line that names the key, what was found and what was expected.
+    """
+    file = Path(path)
+    try:
+        text = file.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"cannot read the config {file}: {error.strerror}; `configs/` has ready ones") from error
+    try:
+        values = yaml.safe_load(text) if file.suffix in (".yaml", ".yml") else tomllib.loads(text)
+    except (tomllib.TOMLDecodeError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"{file} is not valid {'YAML' if file.suffix in ('.yaml', '.yml') else 'TOML'}: {reason}") from error
+    values = values or {}
+    if not isinstance(values, dict):
+        raise ConfigError(f"{file} must hold sections of keys, found a {type(values).__name__}")
+    for name, value in sorted((environment or {}).items()):
+        if name.startswith(ENVIRONMENT_PREFIX) and "__" in name:
+            _set_dotted(values, name.removeprefix(ENVIRONMENT_PREFIX).lower().replace("__", "."), value)
+    for dotted, value in parse_overrides(overrides):
+        _set_dotted(values, dotted, value)
+    return build(values)
+
+
+def build(values: Mapping[str, Any]) -> Config:
+    """Validates plain values. Raises `ConfigError` in one line."""
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(_one_line(error)) from error
+
+
+def parse_overrides(arguments: Sequence[str]) -> list[tuple[str, str]]:
+    """`["--train.max_steps", "8", "--model.preset=tiny"]` as pairs. Raises `ConfigError`."""
+    pairs: list[tuple[str, str]] = []
+    rest = list(arguments)
+    while rest:
+        flag = rest.pop(0)
+        key, equals, value = flag.partition("=")
+        if not key.startswith("--") or (not equals and not rest):
+            raise ConfigError(f"found {flag!r} where an override was expected; write --section.key value")
+        pairs.append((key[2:].replace("-", "_"), value if equals else rest.pop(0)))
+    return pairs
+
+
+def to_toml(config: Config) -> str:
+    """The whole resolved config as TOML that `load` reads back to an equal value."""
+
+    def literal(value: Any) -> str:
+        return json.dumps(value) if not isinstance(value, float) else repr(value)
+
+    lines = []
+    for name, value in config.model_dump().items():
+        if isinstance(value, dict):
+            lines += ["", f"[{name}]", *(f"{key} = {literal(item)}" for key, item in value.items())]
+        else:
+            lines.append(f"{name} = {literal(value)}")
+    return "\n".join(lines) + "\n"
+
+
+def _set_dotted(values: dict[str, Any], dotted: str, value: Any) -> None:
+    *sections, key = dotted.split(".")
+    for section in sections:
+        values = values.setdefault(section, {})
+        if not isinstance(values, dict):
+            raise ConfigError(f"{dotted}: {section} is a single value, not a section")
+    values[key] = value
+
+
+def _one_line(error: ValidationError) -> str:
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        section: Any = Config
+        for part in first["loc"][:-1]:
+            section = section.model_fields[str(part)].annotation
+        known = list(section.model_fields)
+        near = difflib.get_close_matches(str(first["loc"][-1]), known, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}"
+        return f"unknown key {where!r}; {hint}"
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "value_error":
+        return f"{where}: {message}" if where else message
+    return f"{where} is {first['input']!r}: {message}"

@@ -1,0 +1,205 @@
+"""The oracle: the whole run in one process, with the same lanes. A cluster of any shape must end with its digest.
+
+It is written to be read beside DESIGN.md, sections 3 and 8, and shares with the services only what is below them: the
+micro-batch (`lane_compute`), the sums (`lane_sums`), the decision (`rates`) and the update (`optimizers`).
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from shardlane.cadence import checkpoints_at, validates_at
+from shardlane.checkpoint import CheckpointReader, PartWriter
+from shardlane.config import Config
+from shardlane.data import TokenFolder
+from shardlane.digest import state_digest
+from shardlane.ids import ChunkId, Lane, RunId, Version
+from shardlane.initialise import initial_chunk
+from shardlane.lane_compute import (
+    count_targets,
+    held_out_windows,
+    inputs_of,
+    micro_batches_of,
+    run_stage,
+    take_gradient,
+    targets_of,
+    training_windows,
+)
+from shardlane.lane_sums import LaneSums
+from shardlane.lanes import Block, lane
+from shardlane.manifest import PARAMETER, build_manifest, check_resume, checkpoint_folder, prune, tensor_names, write_manifest
+from shardlane.model import Stage, whole_model
+from shardlane.numerics import configure_torch, numerics_class, square_sum
+from shardlane.optimizers import ChunkOptimizer
+from shardlane.partition import Chunk, Layout
+from shardlane.rates import clip_scale, learning_rate, tree_sum
+
+Row = dict[str, int | float]  # a line of metrics.jsonl
+
+_log = logging.getLogger(__name__)
+
+
+class Reference:
+    """A run at `version`. The model computes on `device`; chunks and their optimizers are on the CPU, as in a shard.
+
+    Raises `DataError` if the token folder has too few tokens for one window, `CheckpointError` for a bad `init_from`.
+    """
+
+    def __init__(
+        self, config: Config, tokens: TokenFolder, *, run_id: RunId | None = None, device: torch.device | str = "cpu"
+    ) -> None:
+        configure_torch(config.numerics)
+        self.config = config
+        self.tokens = tokens
+        self.run_id = run_id or RunId(config.run_name)
+        self.device = torch.device(device)
+        self.version = Version(0)
+        self.layout = Layout.of(config)
+        tokens.train.num_windows(config.train.seq_len)
+        if config.validation.num_micro_batches:
+            tokens.held_out.num_windows(config.train.seq_len)
+        self._stage = Stage.empty(config.model, whole_model(config.model), self.device)
+        self._leaves = dict(self._stage.named_parameters())
+        self._chunks = [self._initial(chunk) for chunk in self.layout.chunks]
+        self._fill_leaves()
+
+    @property
+    def optimizer_step(self) -> int:
+        """Updates applied: the version less the steps that were skipped."""
+        return self._chunks[0].num_steps
+
+    def run(self, checkpoints: Path | None = None) -> Iterator[Row]:
+        """Trains up to `train.last_step`, a row a step, and validates between.
+
+        A training row is of step t, from 0; a validation row is of version v, after v steps. Checkpoints go under the folder
+        `checkpoints`; None writes none.
+        """
+        while self.version < self.config.train.last_step:
+            started = time.perf_counter()
+            row = self._train_step(self.version)
+            self.version = Version(self.version + 1)
+            yield {**row, "tokens_per_second": row["tokens"] / (time.perf_counter() - started)}
+            if validates_at(self.version, self.config):
+                yield {"step": self.version, "val_loss": self.validation_loss()}
+            if checkpoints is not None and checkpoints_at(self.version, self.config):
+                self.save(checkpoints)
+
+    def validation_loss(self) -> float:
+        """Mean loss in nats a token over the held-out micro-batches, at the present version."""
+        losses, num_tokens = [], 0
+        for index in range(self.config.validation.num_micro_batches):
+            windows = held_out_windows(self.tokens.held_out, self.config, index=index)
+            targets = targets_of(windows, self.device)
+            with torch.no_grad():
+                loss = run_stage(self._stage, inputs_of(windows, self.device), self.config.numerics.precision, targets)
+            losses.append(loss.item())
+            num_tokens += count_targets(targets)
+        return math.fsum(losses) / num_tokens
+
+    def digest(self) -> str:
+        """The digest of the present version, equal to that of a checkpoint of it."""
+        names = tensor_names(self.config.optimizer.name)
+        return state_digest(self.layout, names, lambda chunk, name: self._payload(chunk)[name], self.optimizer_step)
+
+    def save(self, root: Path) -> Path:
+        """Writes a checkpoint of the present version under `root`, prunes older ones, and returns its folder."""
+        folder = checkpoint_folder(root, self.version)
+        sizes = {chunk.id: chunk.num_elements for chunk in self.layout.chunks}
+        with PartWriter(folder, "reference", sizes, tensor_names(self.config.optimizer.name)) as writer:
+            for chunk in self.layout.chunks:
+                writer.add(chunk.id, self._payload(chunk.id))
+            part = writer.finish()
+        manifest = build_manifest(
+            self.config,
+            [part],
+            run_id=self.run_id,
+            version=self.version,
+            optimizer_step=self.optimizer_step,
+            timeline=0,
+            numerics_class=numerics_class(self.config.numerics, self.device),
+            data_hash=self.tokens.digest,
+            tokenizer_hash=self.tokens.tokenizer_hash,
+        )
+        write_manifest(folder, manifest)
+        prune(root, self.config.checkpoint.keep_last)
+        return folder
+
+    def resume(self, folder: Path, *, fork: bool = False) -> None:
+        """Goes on from a checkpoint, whoever wrote it. Raises `CheckpointError` if the mathematics or the data differ."""
+        with CheckpointReader(folder) as reader:
+            manifest = reader.manifest
+            check_resume(manifest, self.config, self.tokens.digest, self.tokens.tokenizer_hash, fork=fork)
+            if (ours := numerics_class(self.config.numerics, self.device)) != manifest.numerics_class:
+                _log.warning("the checkpoint is of numerics class %r, this process of %r", manifest.numerics_class, ours)
+            for chunk, optimizer in enumerate(self._chunks):
+                states = reader.read_chunk(ChunkId(chunk))
+                optimizer.parameter.copy_(states.pop(PARAMETER))
+                optimizer.load(states, manifest.optimizer_step)
+        self.version = manifest.version
+        self._fill_leaves()
+
+    def _initial(self, chunk: Chunk) -> ChunkOptimizer:
+        values = initial_chunk(self.config, self.layout, chunk)
+        return ChunkOptimizer(self.config.optimizer, values, decay=self.layout.tensors[chunk.tensor].decay)
+
+    def _train_step(self, step: int) -> Row:
+        train, optimizer = self.config.train, self.config.optimizer
+        sums = {name: LaneSums(train.lanes) for name in self._leaves}
+        losses, num_tokens = [], 0
+        for index in range(train.lanes):
+            loss, count = self._run_lane(step, index)
+            losses.append(loss)
+            num_tokens += count
+            for name, leaf in self._leaves.items():
+                sums[name].add(lane(index), take_gradient(leaf))
+        totals = self._chunk_sums({name: each.take(Block(Lane(0), train.lanes)) for name, each in sums.items()})
+        clip = clip_scale([square_sum(total) for total in totals], num_tokens, optimizer.max_grad_norm)
+        rate = learning_rate(step, optimizer=optimizer, schedule=self.config.schedule, max_steps=train.max_steps)
+        if clip.finite:
+            for chunk, total in zip(self._chunks, totals, strict=True):
+                chunk.apply(total, scale=clip.scale, learning_rate=rate)
+            self._fill_leaves()
+        mean_loss = tree_sum(losses) / num_tokens if num_tokens else math.nan
+        return {"step": step, "loss": mean_loss, "grad_norm": clip.grad_norm, "lr": rate, "tokens": num_tokens}
+
+    def _run_lane(self, step: int, index: int) -> tuple[float, int]:
+        """Leaves the lane's gradients in the leaves; the sum of its token losses, and its tokens."""
+        total, num_tokens = 0.0, 0
+        for micro_batch in micro_batches_of(index, self.config.train):
+            windows = training_windows(self.tokens.train, self.config, step=step, micro_batch=micro_batch)
+            targets = targets_of(windows, self.device)
+            loss = run_stage(self._stage, inputs_of(windows, self.device), self.config.numerics.precision, targets)
+            loss.backward()
+            total += loss.item()
+            num_tokens += count_targets(targets)
+        return total, num_tokens
+
+    def _chunk_sums(self, gradients: dict[str, Tensor]) -> list[Tensor]:
+        """Each chunk's gradient over all its sites, added in order of the sites; views of `gradients`, which they consume."""
+        totals = []
+        flat = {name: gradient.view(-1).cpu() for name, gradient in gradients.items()}
+        for chunk in self.layout.chunks:
+            first, *rest = self.layout.tensors[chunk.tensor].site_names
+            total = flat[first].narrow(0, chunk.offset, chunk.num_elements)
+            for name in rest:
+                total.add_(flat[name].narrow(0, chunk.offset, chunk.num_elements))
+            totals.append(total)
+        return totals
+
+    def _fill_leaves(self) -> None:
+        """Every site is a leaf of its own and holds a copy of its chunks."""
+        with torch.no_grad():
+            for item in self.layout.stage_chunks(whole_model(self.config.model)):
+                leaf = self._leaves[item.parameter].view(-1)
+                leaf.narrow(0, item.chunk.offset, item.chunk.num_elements).copy_(self._chunks[item.chunk.id].parameter)
+
+    def _payload(self, chunk: ChunkId) -> dict[str, Tensor]:
+        optimizer = self._chunks[chunk]
+        return {PARAMETER: optimizer.parameter, **optimizer.states()}
