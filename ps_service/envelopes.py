@@ -56,8 +56,8 @@ def to_wire(
         receiver=receiver,
         plan=wire.number_to_wire(envelope.plan),
         timeline=envelope.timeline,
-        **_body(envelope.message),
     )
+    _set_body(header, envelope.message)
     total = sum(4 * tensor.numel() for tensor in tensors)
     if not total:
         yield wire.Framed(header)
@@ -72,22 +72,23 @@ def to_wire(
         offset += len(view)
 
 
-def _body(message: Message) -> dict[str, object]:
+def _set_body(header: ps_pb2.DeliverRequest, message: Message) -> None:
     match message:
         case Replicate():
-            previous = [record_to_wire(record) for record in message.previous]
-            return {"replicate": ps_pb2.Replicate(record=record_to_wire(message.record), previous=previous)}
+            header.replicate.record.CopyFrom(record_to_wire(message.record))
+            header.replicate.previous.extend(record_to_wire(record) for record in message.previous)
         case Ack():
-            return {"ack": ps_pb2.Ack(step=message.step, chunk=message.chunk)}
+            header.ack.CopyFrom(ps_pb2.Ack(step=message.step, chunk=message.chunk))
         case Records():
-            return {"records": ps_pb2.Records(records=[record_to_wire(record) for record in message.records])}
+            header.records.records.extend(record_to_wire(record) for record in message.records)
         case Refill():
-            closed = None if message.closed is None else record_to_wire(message.closed)
-            previous = [record_to_wire(record) for record in message.previous]
-            return {"refill": ps_pb2.Refill(chunk=message.chunk, version=message.version, closed=closed, previous=previous)}
+            refill = header.refill
+            refill.chunk, refill.version, refill.optimizer_step = message.chunk, message.version, message.num_steps
+            if message.closed is not None:
+                refill.closed.CopyFrom(record_to_wire(message.closed))
+            refill.previous.extend(record_to_wire(record) for record in message.previous)
         case Position():
-            position = ps_pb2.Position(chunk=message.chunk, version=message.version, closed=message.closed)
-            return {"position": position}
+            header.position.CopyFrom(ps_pb2.Position(chunk=message.chunk, version=message.version, closed=message.closed))
 
 
 def from_wire(request: ps_pb2.DeliverRequest, num_chunks: int) -> Envelope:
@@ -108,7 +109,13 @@ def from_wire(request: ps_pb2.DeliverRequest, num_chunks: int) -> Envelope:
         case "refill":
             refill = request.refill
             closed = record_from_wire(refill.closed, num_chunks) if refill.HasField("closed") else None
-            message = Refill(chunk_id(refill.chunk, num_chunks), Version(refill.version), closed, records(refill.previous))
+            message = Refill(
+                chunk_id(refill.chunk, num_chunks),
+                Version(refill.version),
+                closed,
+                records(refill.previous),
+                refill.optimizer_step,
+            )
         case "position":
             where = request.position
             message = Position(chunk_id(where.chunk, num_chunks), Version(where.version), where.closed)

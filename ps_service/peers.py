@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 
 import grpc
@@ -23,11 +22,10 @@ RETRY_SECONDS = 0.2
 
 @dataclass(frozen=True, slots=True)
 class Parcel:
-    """A message and the fp32 tensors that go along; `done` gives back what was pinned for them."""
+    """A message and the fp32 tensors that go along, pinned for it."""
 
     envelope: Envelope
     tensors: Sequence[Tensor] = ()
-    done: Callable[[], None] = lambda: None
 
 
 class Outbox:
@@ -59,8 +57,6 @@ class Outbox:
             if not self._closed:
                 self._waiting.append(parcel)
                 self._changed.notify_all()
-                return
-        parcel.done()
 
     def close(self) -> None:
         with self._changed:
@@ -75,24 +71,18 @@ class Outbox:
                 parcels = list(self._waiting)
                 self._waiting.clear()
                 if self._closed:
-                    break
+                    return
             try:
                 answer = self._client.Deliver(self._pieces(parcels), timeout=rpc.WAIT_SECONDS)
             except (grpc.RpcError, ValueError):  # ValueError: the channel was closed under the call
                 with self._changed:
                     if self._changed.wait_for(lambda: self._closed, RETRY_SECONDS):
-                        break
+                        return
                 self._on_failed(self.receiver)
             else:
                 if answer.HasField("plan"):
                     self._on_plan(answer.plan)
                 self._on_delivered(self.receiver, [parcel.envelope.message for parcel in parcels])
-            finally:
-                for parcel in parcels:
-                    parcel.done()
-        for parcel in parcels:
-            with suppress(KeyError):
-                parcel.done()
 
     def _pieces(self, parcels: list[Parcel]) -> Iterator[wire.Framed[ps_pb2.DeliverRequest]]:
         for parcel in parcels:

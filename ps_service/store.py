@@ -11,10 +11,10 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 from ps_service.core.messages import Apply
+from shardlane.chunks import BufferPool
 from shardlane.config import Config
 from shardlane.ids import ChunkId, SiteIndex, Version
 from shardlane.lanes import Block, lane
@@ -22,28 +22,7 @@ from shardlane.numerics import fast_digest, square_sum
 from shardlane.optimizers import ChunkOptimizer
 from shardlane.partition import OPTIMIZER_STATES, Layout
 
-
-class BufferPool:
-    """fp32 buffers to use again, by size: a first touch of fresh memory costs eight times a second one."""
-
-    def __init__(self) -> None:
-        self._free: dict[int, list[Tensor]] = {}
-        self._lock = threading.Lock()
-        self.bytes_taken = 0
-
-    def take(self, num_elements: int) -> Tensor:
-        """fp32 [num_elements], its values undefined."""
-        with self._lock:
-            self.bytes_taken += 4 * num_elements
-            free = self._free.get(num_elements)
-            if free:
-                return free.pop()
-        return torch.empty(num_elements, dtype=torch.float32)
-
-    def give(self, buffer: Tensor) -> None:
-        with self._lock:
-            self.bytes_taken -= 4 * buffer.numel()
-            self._free.setdefault(buffer.numel(), []).append(buffer)
+POOL_BYTES_MAX = 1 << 30  # of unused buffers that are kept for the next step
 
 
 @dataclass
@@ -76,7 +55,7 @@ class TensorStore:
         self._config = config
         self._layout = layout
         self._num_lanes = config.train.lanes
-        self.pool = BufferPool()
+        self.pool = BufferPool(keep_bytes_max=POOL_BYTES_MAX)
         self.chunks: dict[ChunkId, StoredChunk] = {}
 
     # ---- state ---------------------------------------------------------------------------------------------------------
@@ -163,8 +142,10 @@ class TensorStore:
             stored.sum, stored.sum_pins = None, 0
 
     @property
-    def num_partial_bytes(self) -> int:
-        return self.pool.bytes_taken
+    def num_sum_bytes(self) -> int:
+        """Bytes of partial and whole sums held at this moment."""
+        held = list(self.chunks.values())
+        return sum(4 * each.numel() for chunk in held for each in (*list(chunk.partials.values()), chunk.sum) if each is not None)
 
     # ---- readers -------------------------------------------------------------------------------------------------------
 

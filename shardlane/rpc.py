@@ -95,6 +95,13 @@ def connect(address: str, *, attempts: int = 1, own_connection: bool = False) ->
     return grpc.insecure_channel(address, options=options)
 
 
+def advertised(bind: str, advertise: str, port: int) -> str:
+    """The host:port that peers are told: `advertise` as it is, or with `port` if it names a host alone; else the bound host."""
+    if advertise.rpartition(":")[2].isdigit():
+        return advertise
+    return f"{advertise or bind.rpartition(':')[0]}:{port}"
+
+
 def _message_class(descriptor: Any) -> Any:
     return message_factory.GetMessageClass(descriptor)
 

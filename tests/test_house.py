@@ -16,8 +16,10 @@ SHIPPED = ("shardlane", *SERVICES, "benchmarks")
 PURE, LIBRARY, CORE, WIRE, SHELL, SERVICER, TOP = range(7)
 # shardlane's modules by floor; one that is not named here stands on LIBRARY. A floor imports itself and what lies below.
 FLOORS = {
-    **dict.fromkeys(("", "__version__", "ids", "errors", "config", "partition", "lanes", "samples", "rates", "plan"), PURE),
-    **dict.fromkeys(("pb", "wire", "rpc", "metrics"), WIRE),
+    **dict.fromkeys(
+        ("", "__version__", "ids", "errors", "config", "partition", "lanes", "samples", "rates", "plan", "cadence"), PURE
+    ),
+    **dict.fromkeys(("pb", "wire", "rpc", "metrics", "member"), WIRE),
     "cli": TOP,
 }
 # Third-party packages that a floor may not import while it is below another.
@@ -45,7 +47,8 @@ def floor_of(module: str) -> int:
         return TOP
     if name in ("", "core"):
         return CORE
-    return {"servicer": SERVICER, "__main__": TOP}.get(name, SHELL)
+    # service.py puts one together for __main__ and for tests that run it in their own process
+    return {"servicer": SERVICER, "service": TOP, "__main__": TOP}.get(name, SHELL)
 
 
 def module_of(path: str) -> str:

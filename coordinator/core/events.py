@@ -168,6 +168,14 @@ class CommitCheckpoint:
 
 
 @dataclass(frozen=True, slots=True)
+class CheckpointFailed:
+    """There will be no checkpoint of `version`."""
+
+    version: Version
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class Note:
     """A line for the log."""
 
@@ -175,4 +183,6 @@ class Note:
     is_warning: bool = False
 
 
-Effect = Announce | KeepMember | ForgetMember | TrainingRow | ValidationRow | DropRows | CommitCheckpoint | Note
+Effect = (
+    Announce | KeepMember | ForgetMember | TrainingRow | ValidationRow | DropRows | CommitCheckpoint | CheckpointFailed | Note
+)

@@ -7,13 +7,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from coordinator.core.events import Fault, Heartbeat, Refusal, Registration
-from shardlane.ids import PROTOCOL_VERSION, Incarnation, PlanNumber, RunId, Version
+from shardlane.ids import PROTOCOL_VERSION, Incarnation, PlanNumber, RunId
 from shardlane.plan import Member, Role
 
 _INCARNATION = re.compile(r"(shard|worker)-[0-9a-f]{1,56}")
 _ADDRESS = re.compile(r"\S{1,256}:\d{1,5}")
 _MEMBERS_MAX = 1 << 16  # a bound on what peers can make the coordinator remember
 _BETWEEN_CLASSES = " | shards "
+_NO_PLAN = PlanNumber(0, 0)
 
 
 @dataclass(slots=True)
@@ -23,8 +24,8 @@ class MemberState:
     registration: Registration
     lease_end_seconds: float
     heard_seconds: float
-    plan: PlanNumber = PlanNumber(0, 0)
-    version: Version = Version(0)
+    plan: PlanNumber = _NO_PLAN
+    version: int = 0
     activity: str = ""
 
     @property
@@ -83,7 +84,9 @@ class Members:
         if known is not None:
             if known.member != Member(registration.incarnation, registration.role, registration.address):
                 found = f"{known.registration.role} at {known.registration.address}"
-                return Refusal(Fault.MALFORMED, f"{registration.incarnation} is registered as {found}; choose another incarnation")
+                return Refusal(
+                    Fault.MALFORMED, f"{registration.incarnation} is registered as {found}; choose another incarnation"
+                )
             self._renew(known, now)
             return Admission(is_new=False)
         succeeded = tuple(each.member.incarnation for each in self.states if each.registration.address == registration.address)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache
+from itertools import pairwise
 
 from shardlane.ids import Incarnation, Lane
 from shardlane.lanes import Block
@@ -66,7 +67,7 @@ def share_lanes(num_lanes: int, num_replicas: int) -> list[tuple[Block, ...]]:
         ends.append(ends[-1] - base - extra)
         longer -= extra
     ends.reverse()
-    return [cover(first, end) for first, end in zip(ends, ends[1:], strict=False)]
+    return [cover(first, end) for first, end in pairwise(ends)]
 
 
 _UNREACHABLE = 1 << 60
@@ -131,10 +132,10 @@ def _assign(
     loads = dict.fromkeys(shards, 0)
     owners: list[Incarnation | None] = [None] * len(sizes)
     largest_first = sorted(range(len(sizes)), key=lambda chunk: (-sizes[chunk], chunk))
-    for chunk, shard in enumerate(before):
-        if shard is not None and shard in loads and allowed(chunk, shard):
-            owners[chunk] = shard
-            loads[shard] += sizes[chunk]
+    for chunk, owner in enumerate(before):
+        if owner is not None and owner in loads and allowed(chunk, owner):
+            owners[chunk] = owner
+            loads[owner] += sizes[chunk]
     for chunk in largest_first:
         if owners[chunk] is None:
             shard = min((each for each in shards if allowed(chunk, each)), key=loads.__getitem__)
@@ -144,9 +145,10 @@ def _assign(
     while True:
         fullest, emptiest = max(shards, key=loads.__getitem__), min(shards, key=loads.__getitem__)
         gap = loads[fullest] - loads[emptiest]
-        movable = (chunk for chunk in held[fullest] if sizes[chunk] < gap and allowed(chunk, emptiest))
-        if gap <= max(sizes, default=0) or (chunk := next(movable, None)) is None:
+        movable = [chunk for chunk in held[fullest] if allowed(chunk, emptiest)] if gap > max(sizes, default=0) else []
+        if not movable:
             break
+        chunk = movable[0]
         held[fullest].remove(chunk)
         held[emptiest].append(chunk)
         owners[chunk] = emptiest

@@ -19,7 +19,7 @@ class Decision(Enum):
     KEEP = "keep"  # the plan serves
     WAIT = "wait"  # it does not, and there is nobody to make another of
     REPLAN = "replan"  # another plan in the same timeline
-    ROLL_BACK = "roll back"  # another timeline, from the newest checkpoint
+    BEGIN = "begin"  # another timeline, from the newest checkpoint
 
 
 class Verdict(NamedTuple):
@@ -41,13 +41,13 @@ class Planner:
         if plan is None:
             wanted = cluster.stages * cluster.replicas
             missing = [*_missing("shard", cluster.shards, len(shards)), *_missing("worker", wanted, len(workers))]
-            return Verdict(Decision.WAIT, " and ".join(missing)) if missing else Verdict(Decision.ROLL_BACK, "everybody is here")
+            return Verdict(Decision.WAIT, " and ".join(missing)) if missing else Verdict(Decision.BEGIN, "everybody is here")
         alive = {member.incarnation for member in (*shards, *workers)}
         missing = _missing("worker", cluster.stages, len(workers)) if len(workers) < cluster.stages else []
         if surviving(plan.placements, [member.incarnation for member in shards]) is None:
             missing = [*_missing("shard", cluster.shards, len(shards)), *missing]
             lost = ", ".join(shard for shard in plan.shards if shard not in alive)
-            return Verdict(Decision.WAIT, " and ".join(missing)) if missing else Verdict(Decision.ROLL_BACK, f"{lost} is gone")
+            return Verdict(Decision.WAIT, " and ".join(missing)) if missing else Verdict(Decision.BEGIN, f"{lost} is gone")
         gone = [shard for shard in plan.shards if shard not in alive]
         gone += [worker for replica in plan.replicas for worker in replica.workers if worker not in alive]
         wanted = min(cluster.replicas, len(workers) // cluster.stages)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 from coordinator.core.events import CheckpointReport, StepSummary, TrainingRow, ValidationReport
-from shardlane.ids import ChunkId, Incarnation, Step, Version
+from shardlane.ids import ChunkId, Incarnation, Version
 
 OPEN_MAX = 64  # versions that are validated or checkpointed at one time; the oldest are given up
 
@@ -31,7 +32,7 @@ class Steps:
         """Rows of the steps that are new. Steps that came in one report share its time."""
         fresh = []
         for summary in sorted(summaries, key=lambda each: each.step):
-            if summary.step == self.version:
+            if summary.step == int(self.version):
                 fresh.append(summary)
                 self.version = Version(self.version + 1)
         if not fresh:
@@ -120,11 +121,6 @@ class Checkpoints:
         self._committing.clear()
 
 
-def _bound(opened: dict[Version, dict[int, tuple[float, int]]] | dict[Version, dict[Incarnation, CheckpointReport]]) -> None:
+def _bound(opened: dict[Version, Any]) -> None:
     while len(opened) > OPEN_MAX:
-        del opened[min(opened)]  # type: ignore[arg-type]
-
-
-def first_unknown(steps: Steps) -> Step:
-    """The step whose summary is awaited."""
-    return Step(steps.version)
+        del opened[min(opened)]

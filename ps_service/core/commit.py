@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from ps_service.core.messages import Decision, Record
 from shardlane import rates
+from shardlane.cadence import checkpoints_at
 from shardlane.config import Config
 from shardlane.ids import ChunkId, Step
 from shardlane.plan import REQUEST_CHECKPOINT, REQUEST_STOP
@@ -19,9 +20,7 @@ def decide(step: Step, records: Sequence[Record], *, config: Config, loss_chunk:
     for record in records:
         requests |= record.requests
     version = step + 1
-    every = config.checkpoint.every_steps
-    last = version == config.train.last_step
-    stop = last or bool(requests & REQUEST_STOP)
+    stop = version == config.train.last_step or bool(requests & REQUEST_STOP)
     return Decision(
         skipped=not clip.finite,
         scale=clip.scale,
@@ -31,6 +30,7 @@ def decide(step: Step, records: Sequence[Record], *, config: Config, loss_chunk:
         ),
         tokens=tokens,
         loss=records[loss_chunk].loss / tokens if tokens else 0.0,
-        checkpoint=stop or bool(requests & REQUEST_CHECKPOINT) or (every > 0 and version % every == 0),
+        requests=requests,
+        checkpoint=stop or bool(requests & REQUEST_CHECKPOINT) or checkpoints_at(version, config),
         stop=stop,
     )

@@ -54,6 +54,7 @@ class Refill:
     version: Version
     closed: Record | None
     previous: tuple[Record, ...]
+    num_steps: int = 0  # updates that the optimizer has applied; only shells know it
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,5 +253,6 @@ class Decision:
     learning_rate: float
     tokens: int
     loss: float  # mean over the step's tokens
-    checkpoint: bool
-    stop: bool
+    requests: int  # REQUEST_* bits of any record, to be met at the next version by every shard
+    checkpoint: bool  # write the next version
+    stop: bool  # the next version is the run's last

@@ -6,6 +6,7 @@ Where another order of additions must give other bits, that is asserted too: a t
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import pytest
 import torch
@@ -26,6 +27,7 @@ from shardlane.lane_compute import (
 from shardlane.model import Stage, token_loss_sum, whole_model
 from shardlane.numerics import configure_torch
 from shardlane.partition import EMBEDDING, HEAD, StageLayers, layer_costs, split_layers
+from shardlane.process import process_environment
 from shardlane.reference import Reference
 from tests.numerics.toy import filled_stage, toy_config, toy_tokens
 
@@ -38,12 +40,17 @@ def tokens(tmp_path_factory: pytest.TempPathFactory) -> TokenFolder:
     return toy_tokens(tmp_path_factory.mktemp("toy") / "data")
 
 
+@pytest.fixture
+def cuda(tokens: TokenFolder, monkeypatch: pytest.MonkeyPatch) -> str:
+    for name, value in process_environment(1).items():
+        monkeypatch.setenv(name, value)
+    return "cuda"
+
+
 def stages_of(config: Config, cuts: Sequence[int], device: str = "cpu") -> list[Stage]:
     layers = config.model.num_hidden_layers
     borders = [0, *cuts, layers]
-    return [
-        filled_stage(config, StageLayers(first, end, layers), device) for first, end in zip(borders, borders[1:], strict=False)
-    ]
+    return [filled_stage(config, StageLayers(first, end, layers), device) for first, end in pairwise(borders)]
 
 
 def over_the_wire(values: Tensor) -> Tensor:
@@ -94,7 +101,7 @@ def test_stage_cuts_change_no_bit(tokens: TokenFolder, precision: str, tied: boo
 
 @pytest.mark.parametrize("preset", ["tiny", "demo", "20m"])
 def test_stages_are_cut_between_blocks(preset: str) -> None:
-    model = toy_config(**{"model": {"preset": preset}}).model
+    model = toy_config(model={"preset": preset}).model
     stages = split_layers(layer_costs(model, 128), 3)
     assert [layer for stage in stages for layer in range(stage.first, stage.end)] == list(range(model.num_hidden_layers))
 
@@ -190,16 +197,16 @@ def test_the_loss_is_a_sum_over_the_targets_that_count() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_cuda_repeats_its_bits_whole_or_cut(tokens: TokenFolder, precision: str) -> None:
+def test_cuda_repeats_its_bits_whole_or_cut(tokens: TokenFolder, cuda: str, precision: str) -> None:
     config = toy_config(**{"numerics.precision": precision, "train.seq_len": 128, "model.hidden_size": 128})
-    loss, whole = run_lane(stages_of(config, [], "cuda"), config, tokens, range(4))
+    loss, whole = run_lane(stages_of(config, [], cuda), config, tokens, range(4))
     for cuts in ([], [2], [1, 3]):
-        again_loss, again = run_lane(stages_of(config, cuts, "cuda"), config, tokens, range(4))
+        again_loss, again = run_lane(stages_of(config, cuts, cuda), config, tokens, range(4))
         assert again_loss == loss and same_bits(whole, again)
 
 
 @pytest.mark.gpu
-def test_cuda_runs_end_with_one_digest(tokens: TokenFolder) -> None:
-    runs = [Reference(toy_config(), tokens, device="cuda") for _ in range(2)]
+def test_cuda_runs_end_with_one_digest(tokens: TokenFolder, cuda: str) -> None:
+    runs = [Reference(toy_config(), tokens, device=cuda) for _ in range(2)]
     assert [row["loss"] for row in runs[0].run() if "loss" in row] == [row["loss"] for row in runs[1].run() if "loss" in row]
     assert runs[0].digest() == runs[1].digest()

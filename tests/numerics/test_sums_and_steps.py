@@ -196,6 +196,11 @@ def test_algorithms_are_deterministic_and_tf32_is_fixed() -> None:
     assert torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled()
     assert torch.get_float32_matmul_precision() == "highest"
     assert not torch.backends.cudnn.allow_tf32 and not torch.backends.cudnn.benchmark
+
+
+def test_threads_are_pinned_in_a_process_that_began_with_others() -> None:
+    torch.set_num_threads(2)
+    configure_torch(toy_config().numerics)
     assert torch.get_num_threads() == 1
 
 

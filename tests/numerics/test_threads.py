@@ -1,4 +1,4 @@
-"""The rows of the numerics contract (DESIGN.md, section 8) about threads and hashing: whole processes, compared by what they print.
+"""The rows of the numerics contract (DESIGN.md, section 8) about threads and hashing: whole processes compared by their output.
 
 This machine's unpinned LayerNorm may or may not differ between thread counts; pinned, no machine's may.
 """

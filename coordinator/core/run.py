@@ -1,0 +1,310 @@
+"""The life of a run: gathering, training, finishing, and what to do about a death. Events in, effects out.
+
+The shell feeds one event at a time, with `now` in seconds of any steady clock, and does the effects in order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from coordinator.core.events import (
+    NO_CHECKPOINT,
+    Announce,
+    CheckpointFailed,
+    CheckpointMark,
+    CheckpointReport,
+    CommitCheckpoint,
+    Control,
+    DropRows,
+    Effect,
+    Fault,
+    ForgetMember,
+    Heartbeat,
+    KeepMember,
+    Note,
+    Refusal,
+    Registration,
+    RunState,
+    ValidationReport,
+    ValidationRow,
+)
+from coordinator.core.membership import Members
+from coordinator.core.planning import Decision, Planner
+from coordinator.core.progress import Checkpoints, Steps, Validations
+from shardlane.cadence import validates_at
+from shardlane.config import Config
+from shardlane.ids import Incarnation, PlanNumber, RunId, Timeline, Version
+from shardlane.partition import Layout
+from shardlane.plan import REQUEST_CHECKPOINT, REQUEST_STOP, Plan, Role
+
+
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """What a restarted coordinator must know besides plan, members and reports."""
+
+    paused: bool = False
+    requests: int = 0  # REQUEST_* bits that were asked for and have not taken effect
+    end_version: Version | None = None  # where a stop took effect
+    finished: bool = False
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """Where a coordinator takes up a run: fresh, resumed from a checkpoint, or in the middle after a restart."""
+
+    run_id: RunId
+    term: int
+    timeline: Timeline  # the plan's, or that of the first plan
+    plan: Plan | None = None
+    version: Version = NO_CHECKPOINT.version  # summaries of all steps below it are kept
+    checkpoint: CheckpointMark = NO_CHECKPOINT
+    validations: Mapping[Version, float] = field(default_factory=dict)
+    registrations: tuple[Registration, ...] = ()
+    classes: Mapping[Role, str] = field(default_factory=dict)
+    saved: Saved = Saved()
+
+
+class Run:
+    """The coordinator's state machine."""
+
+    def __init__(self, config: Config, beginning: Beginning, *, now: float) -> None:
+        self.config = config
+        self.run_id = beginning.run_id
+        self.plan = beginning.plan
+        self.timeline = beginning.timeline
+        self.checkpoint = beginning.checkpoint
+        self.waiting_for = ""  # for people: what is missing while gathering
+        self.failure = ""
+        self.steps = Steps(beginning.version)
+        self.validations = Validations(config.validation.num_micro_batches)
+        self.checkpoints = Checkpoints(len(Layout.of(config).chunks))
+        self.members = Members(
+            beginning.run_id,
+            lease_seconds=config.cluster.lease_seconds,
+            refuse_other_classes=config.numerics.determinism == "strict",
+            classes=beginning.classes,
+        )
+        self.members.restore(beginning.registrations, now)
+        for version, loss in beginning.validations.items():
+            self.validations.mark_done(version, loss)
+        self._term = beginning.term
+        self._planner = Planner(config, beginning.run_id)
+        self._paused = beginning.saved.paused
+        self._requests = beginning.saved.requests
+        self._requested_at = beginning.version
+        self._end_version = beginning.saved.end_version
+        self._finished = False
+        self._told: set[Incarnation] = set()  # members that know that the run has ended
+
+    # ---- what a shell may ask ------------------------------------------------------------------------------------------
+
+    @property
+    def version(self) -> Version:
+        """Steps done, as far as the coordinator knows."""
+        return self.steps.version
+
+    @property
+    def end_version(self) -> Version:
+        """The version at which this run ends."""
+        return self._end_version if self._end_version is not None else Version(self.config.train.last_step)
+
+    @property
+    def requests(self) -> int:
+        """REQUEST_* bits for the next record to close."""
+        return self._requests
+
+    @property
+    def state(self) -> RunState:
+        if self.failure:
+            return RunState.FAILED
+        if self._finished:
+            return RunState.FINISHED
+        if self.plan is None or self.waiting_for:
+            return RunState.GATHERING
+        if self.version >= self.end_version:
+            return RunState.FINISHING
+        return RunState.PAUSED if self._paused else RunState.TRAINING
+
+    @property
+    def has_ended(self) -> bool:
+        return self.state in (RunState.FINISHED, RunState.FAILED)
+
+    @property
+    def saved(self) -> Saved:
+        return Saved(self._paused, self._requests, self._end_version, self._finished)
+
+    @property
+    def num_expected(self) -> int:
+        """Members of the whole cluster."""
+        return self.config.cluster.shards + self.config.cluster.stages * self.config.cluster.replicas
+
+    @property
+    def everybody_knows(self) -> bool:
+        """Whether the run has ended and the whole cluster has heard so."""
+        here = {state.registration.incarnation for state in self.members.states}
+        return self.has_ended and here <= self._told and len(self._told) >= self.num_expected
+
+    # ---- events --------------------------------------------------------------------------------------------------------
+
+    def on_start(self, now: float) -> list[Effect]:
+        """The first event: a run may be done already, or lack members."""
+        return self._settle() + self._reconsider(now)
+
+    def on_register(self, registration: Registration, now: float) -> tuple[Refusal | None, list[Effect]]:
+        answer = self.members.register(registration, now)
+        if isinstance(answer, Refusal):
+            return answer, [Note(f"refused: {answer.reason}", is_warning=True)]
+        if not answer.is_new:
+            return None, []
+        effects: list[Effect] = [KeepMember(registration)]
+        for incarnation in answer.succeeded:
+            effects += [ForgetMember(incarnation), Note(f"{incarnation} is dead: {registration.incarnation} has its address")]
+        effects.append(Note(f"{registration.incarnation} joined from {registration.address}"))
+        if answer.warning:
+            effects.append(Note(f"{answer.warning}; bits may differ from a run of one class", is_warning=True))
+        return None, effects + self._reconsider(now)
+
+    def on_heartbeat(self, beat: Heartbeat, now: float) -> tuple[Refusal | None, list[Effect]]:
+        member = self.members.heartbeat(beat, now)
+        if isinstance(member, Refusal):
+            return member, []
+        effects: list[Effect] = []
+        # Before the plan's own heartbeat a shard may still tell of another timeline. It tells again.
+        if member.registration.role == "shard" and self.plan is not None and beat.plan >= self.plan.number:
+            for row in self.steps.take(beat.steps, now):
+                effects.append(row)
+                self._take_effect(row.summary.requests, Version(row.summary.step + 1))
+        effects += self._settle()
+        if self.has_ended:
+            self._told.add(beat.incarnation)
+        return None, effects
+
+    def on_validation(self, report: ValidationReport) -> tuple[Refusal | None, list[Effect]]:
+        if (refusal := self._unknown(report.incarnation)) is not None:
+            return refusal, []
+        if not validates_at(report.version, self.config):
+            return Refusal(Fault.MALFORMED, f"version {report.version} is not one that this run validates"), []
+        if not 0 <= report.index < self.config.validation.num_micro_batches:
+            most = self.config.validation.num_micro_batches - 1
+            return Refusal(Fault.MALFORMED, f"validation micro-batch {report.index} is not within 0 … {most}"), []
+        loss = self.validations.take(report)
+        if loss is None:
+            return None, []
+        return None, [ValidationRow(report.version, loss), *self._settle()]
+
+    def on_checkpoint_part(self, report: CheckpointReport) -> tuple[Refusal | None, list[Effect]]:
+        if (refusal := self._unknown(report.incarnation)) is not None:
+            return refusal, []
+        if report.version <= self.checkpoint.version:
+            return None, []  # told again: it is committed
+        if report.error:
+            return None, self.on_checkpoint_failed(report.version, f"{report.incarnation}: {report.error}")
+        if report.version > self._requested_at:
+            self._requests &= ~REQUEST_CHECKPOINT
+        parts = self.checkpoints.take(report)
+        if not parts:
+            return None, []
+        commit = CommitCheckpoint(
+            run_id=self.run_id,
+            version=report.version,
+            optimizer_step=report.optimizer_step,
+            timeline=self.timeline.id,
+            numerics_class=self.members.numerics_class,
+            parts=parts,
+        )
+        return None, [commit]
+
+    def on_checkpoint_committed(self, mark: CheckpointMark) -> list[Effect]:
+        if mark.version > self.checkpoint.version:
+            self.checkpoint = mark
+            self.checkpoints.finish(mark.version)
+        return [Note(f"checkpoint of version {mark.version} is complete"), *self._settle()]
+
+    def on_checkpoint_failed(self, version: Version, reason: str) -> list[Effect]:
+        """Training goes on; but a run cannot end without its last checkpoint."""
+        self.checkpoints.give_up(version)
+        if version == self.end_version:
+            self.failure = f"the last checkpoint, of version {version}, was not taken: {reason}"
+        return [CheckpointFailed(version, reason)]
+
+    def on_control(self, action: Control) -> list[Effect]:
+        if self.has_ended:
+            return []
+        match action:
+            case Control.PAUSE:
+                self._paused = True
+            case Control.RESUME:
+                self._paused = False
+            case Control.CHECKPOINT:
+                self._requests |= REQUEST_CHECKPOINT
+                self._requested_at = self.version
+            case Control.STOP:  # it takes effect with a step, so there must be one
+                self._requests |= REQUEST_STOP
+                self._paused = False
+        return [Note(f"asked to {action.value}")]
+
+    def on_tick(self, now: float) -> list[Effect]:
+        """Time has passed."""
+        effects: list[Effect] = []
+        for incarnation in self.members.expire(now):
+            lease = f"{self.members.lease_seconds:g} s"
+            effects += [ForgetMember(incarnation), Note(f"{incarnation} was silent for {lease}", is_warning=not self.has_ended)]
+        return effects + (self._reconsider(now) if effects else [])
+
+    # ---- decisions -----------------------------------------------------------------------------------------------------
+
+    def _unknown(self, incarnation: Incarnation) -> Refusal | None:
+        if incarnation in self.members:
+            return None
+        return Refusal(Fault.UNKNOWN_MEMBER, f"{incarnation[:64]} is no member: register again")
+
+    def _take_effect(self, requests: int, version: Version) -> None:
+        if requests & (REQUEST_CHECKPOINT | REQUEST_STOP):
+            self._requests &= ~REQUEST_CHECKPOINT
+        if requests & REQUEST_STOP:
+            self._requests &= ~REQUEST_STOP
+            self._end_version = version
+
+    def _settle(self) -> list[Effect]:
+        """Ends the run when its last version is published, checkpointed and, where that is due, validated."""
+        end = self.end_version
+        validated = self.validations.is_done(end) or not validates_at(end, self.config)
+        if self.has_ended or self.version < end or self.checkpoint.version < end or not validated:
+            return []
+        self._finished = True
+        return [Note(f"the run is finished at version {self.version}")]
+
+    def _reconsider(self, now: float) -> list[Effect]:
+        """Makes another plan where the present one does not serve."""
+        if self.has_ended:
+            return []
+        shards, workers = self.members.alive("shard"), self.members.alive("worker")
+        decision, reason = self._planner.judge(self.plan, shards, workers)
+        if decision is Decision.WAIT:
+            changed, self.waiting_for = self.waiting_for != reason, reason
+            return [Note(f"waiting for {reason}")] if changed else []
+        self.waiting_for = ""
+        if decision is Decision.KEEP:
+            return []
+        effects: list[Effect] = []
+        if decision is Decision.BEGIN and self.plan is not None:
+            self.timeline = self._planner.next_timeline(self.timeline, self.checkpoint)
+            reason = f"{reason}: back to version {self.timeline.version}"
+            effects += self._rewind()
+        if decision is Decision.BEGIN:
+            self.steps.start_clock(now)
+        number = PlanNumber(self._term, 1 if self.plan is None else self.plan.number.epoch + 1)
+        self.plan = self._planner.make(number, self.timeline, shards, workers, previous=self.plan, reason=reason)
+        return [*effects, Announce(self.plan), Note(f"plan {number}: {reason}")]
+
+    def _rewind(self) -> list[Effect]:
+        """14. The steps since the checkpoint are lost, and said to be."""
+        version, lost = self.timeline.version, self.version - self.timeline.version
+        self.steps.rewind(version)
+        self.validations.rewind(version)
+        self.checkpoints.clear()
+        if self._end_version is not None and self._end_version > version:
+            self._end_version = None
+            self._requests |= REQUEST_STOP
+        return [DropRows(version), Note(f"rolled back to version {version}: {lost} steps are lost", is_warning=True)]

@@ -1,0 +1,45 @@
+"""The coordinator's own metrics: gauges that read the run when they are scraped."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from coordinator.core.run import Run
+from shardlane.metrics import Metrics
+
+
+class Instruments:
+    def __init__(self, metrics: Metrics, run: Run, clock: Callable[[], float]) -> None:
+        name = "shardlane_coordinator_{}".format
+        readings: dict[str, tuple[str, Callable[[], float]]] = {
+            "steps_done": ("Steps that the coordinator knows to be done.", lambda: run.version),
+            "steps_end": ("The version at which the run ends.", lambda: run.end_version),
+            "loss_nats": ("Training loss of the newest step.", lambda: run.steps.newest.loss if run.steps.newest else 0.0),
+            "grad_norm": ("Of the newest step.", lambda: run.steps.newest.grad_norm if run.steps.newest else 0.0),
+            "learning_rate": ("Of the newest step.", lambda: run.steps.newest.learning_rate if run.steps.newest else 0.0),
+            "tokens_per_second": ("Over the newest steps.", lambda: run.steps.tokens_per_second),
+            "skipped_steps": ("Steps whose gradients were not finite.", lambda: run.steps.num_skipped),
+            "validation_loss_nats": ("The newest.", lambda: run.validations.newest[1] if run.validations.newest else 0.0),
+            "checkpoint_version": ("Of the newest complete checkpoint.", lambda: run.checkpoint.version),
+            "plan_epoch": ("Membership epoch of the plan.", lambda: run.plan.number.epoch if run.plan else 0),
+            "timeline_id": ("Roll-backs so far.", lambda: run.timeline.id),
+            "run_state": ("1 gathering, 2 training, 3 paused, 4 finishing, 5 finished, 6 failed.", lambda: run.state),
+        }
+        for each, (help, read) in readings.items():
+            metrics.gauge(name(each), help).set_function(read)
+        members = metrics.gauge(name("members"), "Members whose lease runs.", ("role",))
+        ages = metrics.gauge(
+            name("lease_age_seconds"), "Since the last heartbeat of the member that is silent longest.", ("role",)
+        )
+        for role in ("shard", "worker"):
+            members.labels(role).set_function(lambda role=role: len(run.members.alive(role)))
+            ages.labels(role).set_function(lambda role=role: _oldest(run, role, clock()))
+        self.tokens = metrics.counter(name("tokens_total"), "Tokens trained on.")
+        self.plans = metrics.counter(name("plans_total"), "Plans made.")
+        self.checkpoint_failures = metrics.counter(name("checkpoint_failures_total"), "Checkpoints that were not taken.")
+        self.write_failures = metrics.counter(name("write_failures_total"), "Writes of rows or state that are to be repeated.")
+
+
+def _oldest(run: Run, role: str, now: float) -> float:
+    ages = (now - state.heard_seconds for state in run.members.states if state.registration.role == role)
+    return max(ages, default=0.0)

@@ -1,0 +1,94 @@
+"""The coordinator as a service: socket, threads and clock around one `Coordinator`."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from coordinator.core.events import RunState
+from coordinator.servicer import CoordinatorServicer
+from coordinator.shell import Coordinator
+from shardlane import rpc
+from shardlane.config import Config
+from shardlane.errors import NotReadyError
+from shardlane.ids import RunId
+from shardlane.metrics import Metrics
+from shardlane.pb import coordinator_pb2
+
+SERVICE = coordinator_pb2.DESCRIPTOR.services_by_name["Coordinator"]
+TICK_SECONDS = 0.1
+WATCHES_MAX = 1024  # plans watched at a time; with more members each is held for a shorter time
+
+
+class CoordinatorService:
+    """Serves one run until stopped. Usable in a test's own process."""
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        run_dir: Path,
+        bind: str = "127.0.0.1:0",
+        advertise: str = "",
+        fork: bool = False,
+        clock: Callable[[], float] = time.monotonic,
+        metrics: Metrics | None = None,
+    ) -> None:
+        """Binds, and takes over the run of `run_dir`. Raises `UserError` in one of its kinds."""
+        metrics = metrics or Metrics("coordinator")
+        self.coordinator = Coordinator(config, run_dir=run_dir, fork=fork, clock=clock, metrics=metrics)
+        num_watches = min(WATCHES_MAX, 16 + 2 * self.coordinator.run.num_expected)
+        self._watches = ThreadPoolExecutor(num_watches, thread_name_prefix="watch")
+        handler = rpc.handler(
+            SERVICE,
+            CoordinatorServicer(self.coordinator, num_watches),
+            pools={"WatchPlans": self._watches},
+            observer=metrics.observer,
+        )
+        try:
+            self._server = rpc.Server(bind, {SERVICE.full_name: handler})
+        except Exception:
+            self.coordinator.close()
+            raise
+        self.address = rpc.advertised(bind, advertise, self._server.port)
+        self._stopping = threading.Event()
+        self._ticker = threading.Thread(target=self._tick, name="tick", daemon=True)
+
+    @property
+    def run_id(self) -> RunId:
+        return self.coordinator.run_id
+
+    @property
+    def state(self) -> RunState:
+        return self.coordinator.state
+
+    def start(self) -> None:
+        self._server.start()
+        self._ticker.start()
+
+    def wait_finished(self, timeout_seconds: float) -> RunState:
+        """Waits until the run is finished or has failed. Raises `FencedError` if another coordinator takes over."""
+        self.coordinator.wait(lambda: self.coordinator.has_ended, timeout_seconds)
+        return self.state
+
+    def wait_left(self, timeout_seconds: float) -> bool:
+        """Waits until the whole cluster has heard that the run has ended."""
+        return self.coordinator.wait(lambda: self.coordinator.run.everybody_knows, timeout_seconds)
+
+    def stop(self) -> None:
+        self._stopping.set()
+        if self._ticker.ident is not None:
+            self._ticker.join()
+        self.coordinator.close()
+        self._server.stop()
+        self._watches.shutdown(wait=False)
+
+    def _tick(self) -> None:
+        while not self._stopping.wait(TICK_SECONDS):
+            try:
+                self.coordinator.tick()
+            except NotReadyError:  # fenced: whoever waits is told
+                return

@@ -1,0 +1,108 @@
+"""`coordinator.proto` ↔ the core's values."""
+
+from __future__ import annotations
+
+from coordinator.core.events import (
+    CheckpointReport,
+    Control,
+    Heartbeat,
+    Registration,
+    StepSummary,
+    ValidationReport,
+)
+from shardlane import wire
+from shardlane.errors import MalformedError
+from shardlane.ids import ChunkId, Incarnation, Step, Version
+from shardlane.pb import coordinator_pb2
+
+STEPS_MAX = 512  # summaries in one heartbeat
+
+_CONTROLS: dict[int, Control] = {
+    coordinator_pb2.CONTROL_ACTION_PAUSE: Control.PAUSE,
+    coordinator_pb2.CONTROL_ACTION_RESUME: Control.RESUME,
+    coordinator_pb2.CONTROL_ACTION_CHECKPOINT: Control.CHECKPOINT,
+    coordinator_pb2.CONTROL_ACTION_STOP: Control.STOP,
+}
+
+
+def registration_from_wire(request: coordinator_pb2.RegisterRequest) -> Registration:
+    return Registration(
+        incarnation=Incarnation(request.incarnation),
+        role=wire.role_from_wire(request.role),
+        address=request.address,
+        numerics_class=request.numerics_class[:256],
+        metrics_address=request.metrics_address[:256],
+        protocol_version=request.protocol_version,
+        run_id=request.run_id,
+    )
+
+
+def heartbeat_from_wire(request: coordinator_pb2.HeartbeatRequest) -> Heartbeat:
+    if len(request.steps) > STEPS_MAX:
+        raise MalformedError(f"a heartbeat tells of {len(request.steps)} steps; at most {STEPS_MAX} fit")
+    return Heartbeat(
+        incarnation=Incarnation(request.incarnation),
+        plan=wire.number_from_wire(request.plan),
+        version=Version(request.version),
+        steps=tuple(map(_summary_from_wire, request.steps)),
+        activity=request.activity,
+    )
+
+
+def _summary_from_wire(summary: coordinator_pb2.StepSummary) -> StepSummary:
+    return StepSummary(
+        step=Step(summary.step),
+        loss=summary.loss,
+        grad_norm=summary.grad_norm,
+        learning_rate=summary.learning_rate,
+        tokens=summary.tokens,
+        skipped=summary.skipped,
+        requests=summary.requests,
+    )
+
+
+def summary_to_wire(summary: StepSummary) -> coordinator_pb2.StepSummary:
+    return coordinator_pb2.StepSummary(
+        step=summary.step,
+        loss=summary.loss,
+        grad_norm=summary.grad_norm,
+        learning_rate=summary.learning_rate,
+        tokens=summary.tokens,
+        skipped=summary.skipped,
+        requests=summary.requests,
+    )
+
+
+def validation_from_wire(request: coordinator_pb2.ReportValidationRequest) -> ValidationReport:
+    return ValidationReport(
+        incarnation=Incarnation(request.incarnation),
+        version=Version(request.version),
+        index=request.index,
+        loss_sum=request.loss_sum,
+        tokens=request.tokens,
+    )
+
+
+def checkpoint_from_wire(request: coordinator_pb2.ReportCheckpointRequest, num_chunks: int) -> CheckpointReport:
+    """Raises `MalformedError` for a chunk that the model does not have."""
+    if beyond := [each.chunk for each in request.chunks if each.chunk >= num_chunks]:
+        raise MalformedError(f"{request.file} claims chunk {beyond[0]}; the model has {num_chunks}")
+    return CheckpointReport(
+        incarnation=Incarnation(request.incarnation),
+        version=Version(request.version),
+        optimizer_step=request.optimizer_step,
+        file=request.file,
+        num_bytes=request.num_bytes,
+        chunks={ChunkId(each.chunk): dict(each.checksums) for each in request.chunks},
+        error=request.error[:1024],
+    )
+
+
+def control_from_wire(action: int) -> Control:
+    """Raises `MalformedError`."""
+    try:
+        return _CONTROLS[action]
+    except KeyError:
+        raise MalformedError(
+            f"control action {action} is unknown; expected 1 (pause), 2 (resume), 3 (checkpoint) or 4 (stop)"
+        ) from None

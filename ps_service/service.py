@@ -1,0 +1,128 @@
+"""A parameter shard as a service: sockets, threads and the membership around one `Shard`."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+from shardlane.member import Beat, Membership, RunInfo, new_incarnation
+
+from ps_service.instruments import ShardInstruments
+from ps_service.peers import SERVICE
+from ps_service.servicer import ShardServicer
+from ps_service.shard import Shard
+from shardlane import rpc, wire
+from shardlane.errors import MalformedError, StaleError
+from shardlane.ids import Incarnation, Version
+from shardlane.logs import logger
+from shardlane.metrics import Metrics
+from shardlane.numerics import configure_torch, numerics_class
+from shardlane.pb import coordinator_pb2
+from shardlane.plan import Plan
+
+SUMMARIES_A_BEAT = 512
+TICK_SECONDS = 1.0  # a shard that has not moved for so long sends again what may be lost
+PUSHES_MAX = 32  # push streams served at a time, each with one chunk in memory
+PULLS_MAX = 64  # pulls that wait or stream at a time; further ones queue
+DELIVERIES_MAX = 32  # other shards that deliver at a time
+
+
+class ShardService:
+    """Joins the run that `run` describes and serves until stopped. Usable in a test's own process."""
+
+    def __init__(
+        self, coordinator: str, run: RunInfo, *, bind: str = "127.0.0.1:0", advertise: str = "", metrics_bind: str = ""
+    ) -> None:
+        """`advertise`: host:port, or host alone, under which peers reach it; empty: as bound."""
+        configure_torch(run.config.numerics)
+        self.me: Incarnation = new_incarnation("shard")
+        self.metrics = Metrics("shard")
+        self.shard = Shard(
+            self.me,
+            run.config,
+            run_id=run.run_id,
+            checkpoint_path=run.checkpoint_path,
+            instruments=ShardInstruments(self.metrics),
+            report_checkpoint=self._report_checkpoint,
+            on_plan=self._on_peers_plan,
+        )
+        self._log = logger(role="shard", run=run.run_id, rank=self.me)
+        pools = {
+            "Push": ThreadPoolExecutor(PUSHES_MAX, thread_name_prefix="push"),
+            "Pull": ThreadPoolExecutor(PULLS_MAX, thread_name_prefix="pull"),
+            "Deliver": ThreadPoolExecutor(DELIVERIES_MAX, thread_name_prefix="deliver"),
+        }
+        handler = rpc.handler(SERVICE, ShardServicer(self.shard), pools=pools, observer=self.metrics.observer)
+        self._server = rpc.Server(bind, {SERVICE.full_name: handler})
+        self.address = rpc.advertised(bind, advertise, self._server.port)
+        self.metrics_address = rpc.advertised(metrics_bind, advertise, self.metrics.serve(metrics_bind)) if metrics_bind else ""
+        self._membership = Membership(
+            coordinator,
+            role="shard",
+            incarnation=self.me,
+            address=self.address,
+            numerics_class=numerics_class(run.config.numerics),
+            metrics_address=self.metrics_address,
+            run_id=run.run_id,
+        )
+        self._stopping = threading.Event()
+        self._ticker = threading.Thread(target=self._tick, name="tick", daemon=True)
+
+    def start(self) -> None:
+        """Raises `UserError` if the coordinator refuses the shard."""
+        self._server.start()
+        self._membership.register()
+        self._membership.start(self._beat, self._adopt, self._on_reply)
+        self._ticker.start()
+
+    @property
+    def state(self) -> int:
+        """The run's state as far as it is known here."""
+        return self._membership.state
+
+    def stop(self) -> None:
+        self._stopping.set()
+        self._membership.stop()
+        self.shard.publications.fail_waiting()
+        self._server.stop()
+        self.shard.close()
+        self.metrics.close()
+
+    # ---- membership ----------------------------------------------------------------------------------------------------
+
+    def _beat(self) -> Beat:
+        plan = self.shard.plan
+        version = self.shard.publications.oldest()
+        activity = "waiting for a plan" if plan is None else f"version {version}"
+        steps = self.shard.unacknowledged(SUMMARIES_A_BEAT)
+        return Beat(None if plan is None else plan.number, Version(max(version, 0)), steps, activity)
+
+    def _on_reply(self, reply: coordinator_pb2.HeartbeatResponse) -> None:
+        self.shard.acknowledge(reply.acknowledged_steps)
+        if reply.requests:
+            self.shard.request(reply.requests)
+
+    def _adopt(self, plan: Plan) -> None:
+        try:
+            self.shard.adopt(plan)
+        except StaleError as error:
+            self._log.error(str(error))
+
+    def _on_peers_plan(self, plan: coordinator_pb2.Plan) -> None:
+        try:
+            self._membership.offer(wire.plan_from_wire(plan))
+        except MalformedError as error:
+            self._log.warning(str(error))
+
+    def _report_checkpoint(self, report: coordinator_pb2.ReportCheckpointRequest) -> None:
+        if report.error:
+            self._log.error("checkpoint part not written", version=report.version, error=report.error)
+        self._membership.report_checkpoint(report)
+
+    def _tick(self) -> None:
+        before = -2
+        while not self._stopping.wait(TICK_SECONDS):
+            now = self.shard.publications.oldest()
+            if now == before:
+                self.shard.tick()
+            before = now

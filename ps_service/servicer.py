@@ -1,0 +1,226 @@
+"""Wire in, one call, wire out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import grpc
+from torch import Tensor
+
+from ps_service import envelopes
+from ps_service.core.messages import Answer, Contribution, Envelope, Outcome, Refill, Replicate
+from ps_service.shard import Shard
+from shardlane import rpc, wire
+from shardlane.chunks import Assembly, byte_view
+from shardlane.errors import MalformedError, NotReadyError, StaleError
+from shardlane.ids import ChunkId, SiteIndex, Step, Version
+from shardlane.partition import OPTIMIZER_STATES
+from shardlane.pb import ps_pb2, tensor_pb2
+
+CHUNKS_MAX = 65_536  # that a pull may ask for
+
+_OUTCOMES = {
+    Outcome.COUNTED: ps_pb2.PUSH_OUTCOME_COUNTED,
+    Outcome.DUPLICATE: ps_pb2.PUSH_OUTCOME_DUPLICATE,
+    Outcome.OVERLAPS: ps_pb2.PUSH_OUTCOME_OVERLAPS,
+    Outcome.NOT_YET: ps_pb2.PUSH_OUTCOME_NOT_YET,
+    Outcome.NOT_OWNER: ps_pb2.PUSH_OUTCOME_NOT_OWNER,
+    Outcome.STALE: ps_pb2.PUSH_OUTCOME_STALE,
+}
+
+
+@dataclass(slots=True)
+class Arriving:
+    """A contribution of which the first pieces are here. `assembly` is None when it is refused: its values are passed over."""
+
+    contribution: Contribution
+    answer: Answer
+    assembly: Assembly | None
+    num_bytes_due: int
+
+
+class ShardServicer:
+    """`shardlane.ps.v1.ParameterShard` over one shard."""
+
+    def __init__(self, shard: Shard) -> None:
+        self._shard = shard
+        self._layout = shard.layout
+        self._num_lanes = shard.config.train.lanes
+        self._instruments = shard.instruments
+
+    # ---- push ----------------------------------------------------------------------------------------------------------
+
+    def Push(self, pieces: Iterator[wire.Framed[ps_pb2.PushRequest]], context: grpc.ServicerContext) -> ps_pb2.PushResponse:
+        response = ps_pb2.PushResponse()
+        arriving: Arriving | None = None
+        for piece in pieces:
+            header = piece.header
+            if arriving is None:
+                arriving = self._begin(header, piece.payload)
+            elif self._contribution(header) != arriving.contribution:
+                raise MalformedError(f"chunk {header.chunk} begins before chunk {arriving.contribution.chunk} is whole")
+            wire.check_slice(
+                header.slice, piece.payload, total_bytes_max=wire.PAYLOAD_BYTES_MAX * 2, what=f"chunk {header.chunk}"
+            )
+            if arriving.assembly is not None:
+                arriving.assembly.add(header.slice, piece.payload)
+            arriving.num_bytes_due -= len(piece.payload)
+            if arriving.num_bytes_due <= 0:
+                self._finish(arriving, response)
+                arriving = None
+        if arriving is not None:
+            raise MalformedError(
+                f"the stream ended {arriving.num_bytes_due} bytes before chunk {arriving.contribution.chunk} was whole"
+            )
+        if any(each.outcome in (ps_pb2.PUSH_OUTCOME_NOT_OWNER, ps_pb2.PUSH_OUTCOME_STALE) for each in response.refused):
+            self._attach_plan(response)
+        return response
+
+    def _contribution(self, header: ps_pb2.PushRequest) -> Contribution:
+        chunk = envelopes.chunk_id(header.chunk, len(self._layout.chunks))
+        if header.site >= self._layout.num_sites(chunk):
+            raise MalformedError(f"chunk {chunk} has {self._layout.num_sites(chunk)} sites; found site {header.site}")
+        return Contribution(
+            header.timeline,
+            Step(header.step),
+            wire.block_from_wire(header.block, self._num_lanes),
+            SiteIndex(header.site),
+            chunk,
+            header.tokens,
+            header.loss,
+        )
+
+    def _begin(self, header: ps_pb2.PushRequest, payload: wire.Buffer) -> Arriving:
+        self._check_run(header.run_id)
+        contribution = self._contribution(header)
+        chunk = self._layout.chunks[contribution.chunk]
+        if header.slice.total != chunk.num_bytes or header.slice.dtype != tensor_pb2.D_TYPE_FLOAT32 or header.slice.shape:
+            raise MalformedError(
+                f"chunk {chunk.id} has {chunk.num_bytes} bytes of fp32;"
+                f" found {header.slice.total} of dtype {header.slice.dtype}, shape {list(header.slice.shape)}"
+            )
+        if header.slice.offset:
+            raise MalformedError(f"chunk {chunk.id} must begin at byte 0, found {header.slice.offset}")
+        answer = self._shard.judge(contribution)
+        assembly = None
+        if answer.outcome is Outcome.COUNTED:
+            assembly = Assembly(self._shard.store.pool.take(chunk.num_elements), f"chunk {chunk.id}")
+        return Arriving(contribution, answer, assembly, chunk.num_bytes)
+
+    def _finish(self, arriving: Arriving, response: ps_pb2.PushResponse) -> None:
+        contribution, answer = arriving.contribution, arriving.answer
+        if arriving.assembly is not None:
+            answer = self._shard.push(contribution, arriving.assembly.tensor)
+        self._instruments.contributions.labels(answer.outcome.value).inc()
+        if answer.outcome is Outcome.COUNTED:
+            response.num_counted += 1
+            self._instruments.pushed_bytes.inc(self._layout.chunks[contribution.chunk].num_bytes)
+        elif answer.outcome is Outcome.DUPLICATE:
+            response.num_duplicate += 1
+        else:
+            response.refused.add(
+                chunk=contribution.chunk,
+                site=contribution.site,
+                block=wire.block_to_wire(contribution.block),
+                outcome=_OUTCOMES[answer.outcome],
+                missing=[wire.block_to_wire(block) for block in answer.missing],
+            )
+
+    # ---- pull ----------------------------------------------------------------------------------------------------------
+
+    def Pull(self, request: ps_pb2.PullRequest, context: grpc.ServicerContext) -> Iterator[wire.Framed[ps_pb2.PullResponse]]:
+        deadline = time.monotonic() + rpc.WAIT_SECONDS
+        self._check_run(request.run_id)
+        if len(request.chunks) > CHUNKS_MAX:
+            raise MalformedError(f"{len(request.chunks)} chunks asked for in one pull; at most {CHUNKS_MAX}")
+        generation = self._shard.publications.generation
+        plan = self._shard.plan
+        if plan is None:
+            raise NotReadyError("this shard has no plan yet")
+        waiting = dict.fromkeys(envelopes.chunk_id(chunk, len(self._layout.chunks)) for chunk in request.chunks)
+        outcome = ps_pb2.PULL_OUTCOME_STALE if request.timeline != plan.timeline.id else ps_pb2.PULL_OUTCOME_NOT_OWNER
+        for chunk in list(waiting):
+            if request.timeline != plan.timeline.id or plan.placements[chunk].primary != self._shard.me:
+                del waiting[chunk]
+                refusal = ps_pb2.PullResponse(chunk=chunk, outcome=outcome)
+                self._attach_plan(refusal)
+                yield wire.Framed(refusal)
+        version = Version(request.version)
+        while waiting and context.is_active():
+            ready = self._shard.publications.wait_any(waiting, version, generation=generation, deadline=deadline)
+            if not ready:
+                return
+            for chunk, now in ready.items():
+                del waiting[chunk]
+                yield from self._chunk(chunk, version, now)
+
+    def _chunk(self, chunk: ChunkId, version: Version, now: Version) -> Iterator[wire.Framed[ps_pb2.PullResponse]]:
+        with self._shard.store.parameter_at(chunk, version) as parameter:
+            if parameter is None:
+                yield wire.Framed(ps_pb2.PullResponse(chunk=chunk, version=now, outcome=ps_pb2.PULL_OUTCOME_SUPERSEDED))
+                return
+            view = byte_view(parameter)
+            for start, end in wire.payload_ranges(len(view)):
+                piece = tensor_pb2.Slice(dtype=tensor_pb2.D_TYPE_FLOAT32, offset=start, total=len(view))
+                header = ps_pb2.PullResponse(chunk=chunk, version=version, outcome=ps_pb2.PULL_OUTCOME_DATA, slice=piece)
+                yield wire.Framed(header, view[start:end])
+            self._instruments.pulled_bytes.inc(len(view))
+
+    # ---- between shards ------------------------------------------------------------------------------------------------
+
+    def Deliver(
+        self, pieces: Iterator[wire.Framed[ps_pb2.DeliverRequest]], context: grpc.ServicerContext
+    ) -> ps_pb2.DeliverResponse:
+        response = ps_pb2.DeliverResponse()
+        for piece in pieces:
+            header = piece.header
+            self._check_run(header.run_id)
+            if header.receiver != self._shard.me:
+                raise StaleError(f"{header.receiver} is gone; {self._shard.me} is here now")
+            envelope = envelopes.from_wire(header, len(self._layout.chunks))
+            values = self._values(envelope, piece, pieces) if header.slice.total else []
+            self._shard.deliver(envelope, values)
+        plan = self._shard.plan
+        if plan is not None and wire.number_from_wire(header.plan) < plan.number:
+            self._attach_plan(response)
+        return response
+
+    def _values(
+        self, envelope: Envelope, first: wire.Framed[ps_pb2.DeliverRequest], rest: Iterator[wire.Framed[ps_pb2.DeliverRequest]]
+    ) -> Sequence[Tensor]:
+        """The tensors that come with a message: a replicated sum, or a chunk's parameters, states and, if closed, sum."""
+        match envelope.message:
+            case Replicate(record=record):
+                chunk = self._layout.chunks[record.chunk]
+            case Refill(chunk=refilled):
+                chunk = self._layout.chunks[refilled]
+            case _:
+                raise MalformedError(
+                    f"{type(envelope.message).__name__} brings no values; found {first.header.slice.total} bytes"
+                )
+        num_tensors_max = 2 + len(OPTIMIZER_STATES[self._shard.config.optimizer.name])
+        what = f"the values of chunk {chunk.id}"
+        wire.check_slice(first.header.slice, first.payload, total_bytes_max=chunk.num_bytes * num_tensors_max, what=what)
+        if first.header.slice.total % chunk.num_bytes:
+            raise MalformedError(f"{what}: {first.header.slice.total} bytes are not whole tensors of {chunk.num_bytes}")
+        assembly = Assembly(self._shard.store.pool.take(first.header.slice.total // 4), what)
+        piece = first
+        while not assembly.add(piece.header.slice, piece.payload):
+            following = next(rest, None)
+            if following is None:
+                raise MalformedError(f"{what}: the stream ended early")
+            piece = following
+            wire.check_slice(piece.header.slice, piece.payload, total_bytes_max=chunk.num_bytes * num_tensors_max, what=what)
+        if assembly.tensor.numel() == chunk.num_elements:
+            return [assembly.tensor]
+        return [part.clone() for part in assembly.tensor.split(chunk.num_elements)]
+
+    def _check_run(self, run_id: str) -> None:
+        if run_id != self._shard.run_id:
+            raise StaleError(f"this shard is of run {self._shard.run_id!r}, the message of run {run_id!r}")
+
+    def _attach_plan(self, response: ps_pb2.PushResponse | ps_pb2.PullResponse | ps_pb2.DeliverResponse) -> None:
+        if self._shard.plan is not None:
+            response.plan.CopyFrom(wire.plan_to_wire(self._shard.plan))

@@ -1,0 +1,291 @@
+"""The shell around the core: takes the lock, feeds one event, does what the core says."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from torch import Tensor
+
+from ps_service.core.commit import decide
+from ps_service.core.messages import (  # fmt: skip
+    Alarm,
+    Announce,
+    Answer,
+    Apply,
+    AskInSync,
+    Checkpoint,
+    Close,
+    Contribution,
+    Decision,
+    DropSums,
+    Effect,
+    Envelope,
+    Forget,
+    Join,
+    Keep,
+    KeepState,
+    KeepSum,
+    Load,
+    Message,
+    Publish,
+    Record,
+    Refill,
+    Replicate,
+    Send,
+)  # isort: skip
+from ps_service.core.shard import ShardCore
+from ps_service.instruments import ShardInstruments
+from ps_service.peers import Outbox, Parcel
+from ps_service.publication import Publications
+from ps_service.snapshots import SnapshotWriter
+from ps_service.store import TensorStore
+from shardlane.checkpoint import CheckpointReader
+from shardlane.config import Config
+from shardlane.errors import CheckpointError
+from shardlane.ids import ChunkId, Incarnation, RunId, Step, Timeline
+from shardlane.initialise import initial_chunk
+from shardlane.logs import logger
+from shardlane.manifest import checkpoint_folder
+from shardlane.partition import OPTIMIZER_STATES, Layout
+from shardlane.pb import coordinator_pb2
+from shardlane.plan import Plan
+
+SUMMARIES_MAX = 4096  # decided steps kept while the coordinator is away; the oldest are lost to metrics.jsonl beyond that
+
+
+class Shard:
+    """One parameter shard without its sockets. Every public method may be called from any thread."""
+
+    def __init__(
+        self,
+        me: Incarnation,
+        config: Config,
+        *,
+        run_id: RunId,
+        checkpoint_path: Path,
+        instruments: ShardInstruments,
+        report_checkpoint: Callable[[coordinator_pb2.ReportCheckpointRequest], None],
+        on_plan: Callable[[coordinator_pb2.Plan], None],
+    ) -> None:
+        """`on_plan` gets plans that peers attach to their answers."""
+        self.me, self.config, self.run_id = me, config, run_id
+        self.layout = Layout.of(config)
+        self.store = TensorStore(config, self.layout)
+        self.publications = Publications()
+        self.instruments = instruments
+        self.log = logger(role="shard", run=run_id, rank=me, step=lambda: self.publications.oldest())
+        self._checkpoint_path = checkpoint_path
+        self._snapshots = SnapshotWriter(me, checkpoint_path, config.optimizer.name, self.store, report_checkpoint)
+        self._on_plan = on_plan
+        self._lock = threading.Lock()
+        self._outboxes: dict[Incarnation, Outbox] = {}
+        self._summaries: deque[coordinator_pb2.StepSummary] = deque(maxlen=SUMMARIES_MAX)
+        self._core = ShardCore(
+            me,
+            num_sites=[self.layout.num_sites(chunk.id) for chunk in self.layout.chunks],
+            num_lanes=config.train.lanes,
+            last_version=config.train.last_step,
+            decide=self._decide,
+        )
+        instruments.watch(self)
+
+    @property
+    def plan(self) -> Plan | None:
+        return self._core.plan
+
+    def _decide(self, step: Step, records: Sequence[Record]) -> Decision:
+        return decide(step, records, config=self.config, loss_chunk=self.layout.loss_chunk)
+
+    # ---- events --------------------------------------------------------------------------------------------------------
+
+    def judge(self, contribution: Contribution) -> Answer:
+        with self._lock:
+            return self._core.judge(contribution)
+
+    def push(self, contribution: Contribution, values: Tensor) -> Answer:
+        """Counts a contribution. `values`: fp32 [num_elements] from `store.pool`, taken over in any case."""
+        with self._lock:
+            answer, effects = self._core.on_push(contribution)
+            if not effects:
+                self.store.pool.give(values)
+            self._do(effects, values=(values,))
+        return answer
+
+    def adopt(self, plan: Plan) -> None:
+        """Raises `StaleError` if it contradicts the plan here."""
+        with self._lock:
+            before = self._core.plan
+            effects = self._core.on_plan(plan)
+            if self._core.plan is before:
+                return
+            self.log.info("plan adopted", epoch=str(plan.number), reason=plan.reason)
+            self.publications.fail_waiting()
+            self._set_outboxes(plan)
+            for chunk in range(len(plan.placements)):
+                if plan.placements[chunk].primary != self.me:
+                    self.publications.withdraw(ChunkId(chunk))
+            self._do(effects)
+
+    def deliver(self, envelope: Envelope, values: Sequence[Tensor]) -> None:
+        """A message of another shard. `values`: what came along, from `store.pool`. Raises `StaleError`."""
+        with self._lock:
+            self._do(self._core.on_message(envelope), values=values, message=envelope.message)
+
+    def tick(self) -> None:
+        """Sends again what is not known to have arrived; called when nothing has moved for a while."""
+        with self._lock:
+            if self._core.plan is not None:
+                self._do(self._core.on_tick())
+
+    def request(self, bits: int) -> None:
+        """REQUEST_* bits that ride in the next record to close here."""
+        with self._lock:
+            self._core.requests |= bits
+
+    def close(self) -> None:
+        self._snapshots.close()
+        for outbox in self._outboxes.values():
+            outbox.close()
+
+    # ---- what the coordinator is told ----------------------------------------------------------------------------------
+
+    def unacknowledged(self, num_max: int) -> list[coordinator_pb2.StepSummary]:
+        with self._lock:
+            return [self._summaries[i] for i in range(min(num_max, len(self._summaries)))]
+
+    def acknowledge(self, num_steps: int) -> None:
+        """The coordinator has the summaries of all steps below `num_steps`."""
+        with self._lock:
+            while self._summaries and self._summaries[0].step < num_steps:
+                self._summaries.popleft()
+
+    # ---- peers ---------------------------------------------------------------------------------------------------------
+
+    def _set_outboxes(self, plan: Plan) -> None:
+        for gone in [each for each in self._outboxes if not plan.names(each)]:
+            self._outboxes.pop(gone).close()
+        for peer in plan.shards:
+            if peer != self.me and peer not in self._outboxes:
+                self._outboxes[peer] = Outbox(
+                    peer,
+                    plan.addresses[peer],
+                    self.run_id,
+                    on_delivered=self._on_delivered,
+                    on_failed=self._on_failed,
+                    on_plan=self._on_plan,
+                )
+
+    def _on_delivered(self, peer: Incarnation, messages: list[Message]) -> None:
+        with self._lock:
+            for message in messages:
+                self._core.on_delivered(peer, message)
+
+    def _on_failed(self, peer: Incarnation) -> None:
+        with self._lock:
+            if self._core.plan is not None:
+                effects = self._core.on_tick()
+                self._do([each for each in effects if isinstance(each, Send) and each.to == peer])
+
+    # ---- effects -------------------------------------------------------------------------------------------------------
+
+    def _do(self, effects: Sequence[Effect], *, values: Sequence[Tensor] = (), message: Message | None = None) -> None:
+        """Does effects in order; a measured sum brings more, which come first. `values` belong to the event."""
+        todo = deque(effects)
+        while todo:
+            effect = todo.popleft()
+            match effect:
+                case Keep():
+                    self.store.keep(effect.chunk, effect.site, effect.block, values[0])
+                case Join():
+                    self.store.join(effect.chunk, effect.site, effect.left, effect.right)
+                case Close():
+                    square_norm, digest = self.store.close(effect.chunk)
+                    todo.extend(self._core.on_measured(effect.chunk, square_norm=square_norm, digest=digest))
+                case KeepSum():
+                    self.store.keep_sum(effect.chunk, values[0])
+                case KeepState():
+                    assert isinstance(message, Refill)
+                    self._keep_state(effect, values, message.num_steps)
+                case Apply():
+                    with self.instruments.apply_seconds.time():
+                        self.store.apply(effect)
+                case Publish():
+                    self.publications.publish(effect.chunk, effect.version)
+                case DropSums():
+                    self.store.drop_sums(effect.chunk, keep_closed=effect.keep_closed)
+                case Forget():
+                    self.publications.withdraw(effect.chunk)
+                    self.store.forget(effect.chunk)
+                case Load():
+                    self._load(effect.timeline, effect.chunks)
+                case Send():
+                    self._send(effect)
+                case Announce():
+                    self._announce(effect)
+                case Checkpoint():
+                    self._snapshots.take(effect.version, effect.chunks)
+                case AskInSync():
+                    self.log.info("learner is in sync", chunk=effect.chunk, learner=effect.learner)
+                case Alarm():
+                    self.instruments.alarms.inc()
+                    self.log.error(effect.text)
+
+    def _load(self, timeline: Timeline, chunks: Sequence[ChunkId]) -> None:
+        if not timeline.digest:
+            for chunk in chunks:
+                self.store.put(chunk, timeline.version, {"parameter": self._initial(chunk)}, num_steps=0)
+            return
+        with CheckpointReader(checkpoint_folder(self._checkpoint_path, timeline.version)) as reader:
+            if reader.manifest.digest != timeline.digest:
+                raise CheckpointError(f"{reader.folder} is another checkpoint than the one that the plan names")
+            for chunk in chunks:
+                self.store.put(chunk, timeline.version, reader.read_chunk(chunk), reader.manifest.optimizer_step)
+
+    def _initial(self, chunk: ChunkId) -> Tensor:
+        return initial_chunk(self.config, self.layout, self.layout.chunks[chunk])
+
+    def _keep_state(self, effect: KeepState, values: Sequence[Tensor], num_steps: int) -> None:
+        names = ("parameter", *OPTIMIZER_STATES[self.config.optimizer.name])
+        tensors = dict(zip(names, values, strict=False))
+        self.store.put(effect.chunk, effect.version, tensors, num_steps)
+        if effect.with_sum:
+            self.store.keep_sum(effect.chunk, values[len(names)])
+
+    def _send(self, effect: Send) -> None:
+        outbox = self._outboxes.get(effect.to)
+        if outbox is None:
+            return
+        message = effect.envelope.message
+        tensors: list[Tensor] = []
+        if isinstance(message, Replicate):
+            tensors.append(self.store.pin_sum(message.record.chunk))
+        elif isinstance(message, Refill):
+            image = self.store.pin_image(message.chunk)
+            message = replace(message, num_steps=image.num_steps)
+            tensors += image.tensors.values()
+            if message.closed is not None:
+                tensors.append(self.store.pin_sum(message.chunk))
+        outbox.put(Parcel(replace(effect.envelope, message=message), tensors))
+
+    def _announce(self, effect: Announce) -> None:
+        decision = effect.decision
+        if decision.skipped:
+            self.instruments.skipped_steps.inc()
+            self.log.warning("step skipped: its gradients are not finite", grad_norm=decision.grad_norm)
+        if self._summaries and self._summaries[-1].step >= effect.step:
+            return  # chunks of one step may be applied in several turns
+        self._summaries.append(
+            coordinator_pb2.StepSummary(
+                step=effect.step,
+                loss=decision.loss,
+                grad_norm=decision.grad_norm,
+                learning_rate=decision.learning_rate,
+                tokens=decision.tokens,
+                skipped=decision.skipped,
+                requests=decision.requests,
+            )
+        )

@@ -1,0 +1,72 @@
+"""Writes this shard's parts of checkpoints while training goes on: an update copies a chunk that is still unwritten."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from ps_service.store import ChunkImage, TensorStore
+from shardlane.checkpoint import PartWriter
+from shardlane.errors import CheckpointError
+from shardlane.ids import ChunkId, Incarnation, Version
+from shardlane.manifest import checkpoint_folder, tensor_names
+from shardlane.pb import coordinator_pb2
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """The chunks of one version, pinned."""
+
+    version: Version
+    images: Mapping[ChunkId, ChunkImage]
+
+
+class SnapshotWriter:
+    """One thread that writes snapshots in turn and reports each, whether it came to be or not."""
+
+    def __init__(
+        self,
+        me: Incarnation,
+        root: Path,
+        optimizer_name: str,
+        store: TensorStore,
+        report: Callable[[coordinator_pb2.ReportCheckpointRequest], None],
+    ) -> None:
+        self._me, self._root, self._store, self._report = me, root, store, report
+        self._names = tensor_names(optimizer_name)
+        self._waiting: queue.Queue[Snapshot | None] = queue.Queue()
+        self._thread = threading.Thread(target=self._run, name="snapshots", daemon=True)
+        self._thread.start()
+
+    def take(self, version: Version, chunks: tuple[ChunkId, ...]) -> None:
+        """Pins the chunks as they are now; called at once after they reached `version`."""
+        self._waiting.put(Snapshot(version, {chunk: self._store.pin_image(chunk) for chunk in chunks}))
+
+    def close(self) -> None:
+        """Ends when everything taken is written."""
+        self._waiting.put(None)
+        self._thread.join()
+
+    def _run(self) -> None:
+        while (snapshot := self._waiting.get()) is not None:
+            report = coordinator_pb2.ReportCheckpointRequest(incarnation=self._me, version=snapshot.version)
+            try:
+                self._write(snapshot, report)
+            except CheckpointError as error:
+                report.error = str(error)
+            self._report(report)
+
+    def _write(self, snapshot: Snapshot, report: coordinator_pb2.ReportCheckpointRequest) -> None:
+        sizes = {chunk: image.tensors["parameter"].numel() for chunk, image in snapshot.images.items()}
+        with PartWriter(checkpoint_folder(self._root, snapshot.version), self._me, sizes, self._names) as writer:
+            for chunk, image in snapshot.images.items():
+                writer.add(chunk, image.tensors)
+                self._store.unpin_image(chunk, image)
+            part = writer.finish()
+        report.optimizer_step = next(iter(snapshot.images.values())).num_steps
+        report.file, report.num_bytes = part.file, part.num_bytes
+        for chunk, checksums in part.chunks.items():
+            report.chunks.add(chunk=chunk, checksums=checksums)

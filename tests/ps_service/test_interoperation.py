@@ -1,0 +1,238 @@
+"""Over loopback gRPC: a client of generated stubs against our shard, and our client against a server of generated stubs."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import grpc
+import numpy as np
+import pytest
+import torch
+
+from ps_service.instruments import ShardInstruments
+from ps_service.peers import SERVICE
+from ps_service.servicer import ShardServicer
+from ps_service.shard import Shard
+from shardlane import rpc, wire
+from shardlane.config import Config, build
+from shardlane.ids import Incarnation, PlanNumber, RunId, Timeline, Version
+from shardlane.initialise import initial_chunk
+from shardlane.metrics import Metrics
+from shardlane.partition import Layout
+from shardlane.pb import ps_pb2, ps_pb2_grpc, tensor_pb2
+from shardlane.plan import Member, Placement, Plan
+
+ME, RUN = Incarnation("shard-me"), RunId("r")
+CONFIG: Config = build(
+    {
+        "model": {"preset": "tiny"},
+        "train": {"lanes": 2, "micro_batch_size": 1, "global_batch_size": 2, "max_steps": 5, "seq_len": 8},
+        "optimizer": {"name": "sgd", "learning_rate": 0.5, "weight_decay": 0, "max_grad_norm": 0},
+        "schedule": {"name": "constant"},
+        "numerics": {"chunk_bytes": 16384},
+    }
+)
+LAYOUT = Layout.of(CONFIG)
+BOTH = tensor_pb2.Block(first=0, size=2)
+
+
+class Served:
+    def __init__(self, folder: Path) -> None:
+        self.shard = Shard(
+            ME,
+            CONFIG,
+            run_id=RUN,
+            checkpoint_path=folder,
+            instruments=ShardInstruments(Metrics("shard")),
+            report_checkpoint=lambda report: None,
+            on_plan=lambda plan: None,
+        )
+        pools = {"Pull": ThreadPoolExecutor(2)}
+        handlers = {SERVICE.full_name: rpc.handler(SERVICE, ShardServicer(self.shard), pools=pools)}
+        self.server = rpc.Server("127.0.0.1:0", handlers)
+        self.server.start()
+        self.address = f"127.0.0.1:{self.server.port}"
+        placements = tuple(Placement((ME,)) for _ in LAYOUT.chunks)
+        self.shard.adopt(
+            Plan(PlanNumber(1, 1), RUN, Timeline(0, Version(0)), (Member(ME, "shard", self.address),), (), (), placements)
+        )
+        self.channel = grpc.insecure_channel(self.address)
+        self.stub = ps_pb2_grpc.ParameterShardStub(self.channel)
+
+    def stop(self) -> None:
+        self.channel.close()
+        self.server.stop()
+        self.shard.close()
+
+
+@pytest.fixture
+def served(tmp_path: Path) -> Iterator[Served]:
+    made = Served(tmp_path)
+    yield made
+    made.stop()
+
+
+def contribution(
+    chunk: int, values: np.ndarray, *, step: int = 0, block: tensor_pb2.Block = BOTH
+) -> Iterator[ps_pb2.PushRequest]:
+    data = values.astype("<f4").tobytes()
+    for offset in range(0, len(data), 4096):
+        yield ps_pb2.PushRequest(
+            run_id=RUN,
+            step=step,
+            block=block,
+            chunk=chunk,
+            tokens=16,
+            slice=tensor_pb2.Slice(dtype=tensor_pb2.D_TYPE_FLOAT32, offset=offset, total=len(data)),
+            payload=data[offset : offset + 4096],
+        )
+
+
+def everything(value: float, step: int = 0) -> Iterator[ps_pb2.PushRequest]:
+    for chunk in LAYOUT.chunks:
+        yield from contribution(chunk.id, np.full(chunk.num_elements, value), step=step)
+
+
+def pull(served: Served, chunk: int, version: int) -> torch.Tensor:
+    pieces = list(served.stub.Pull(ps_pb2.PullRequest(run_id=RUN, version=version, chunks=[chunk]), timeout=20))
+    assert {piece.outcome for piece in pieces} == {ps_pb2.PULL_OUTCOME_DATA}
+    return torch.from_numpy(np.frombuffer(b"".join(piece.payload for piece in pieces), "<f4").copy())
+
+
+def test_a_client_of_generated_stubs_pushes_and_pulls(served: Served) -> None:
+    before = [initial_chunk(CONFIG, LAYOUT, chunk) for chunk in LAYOUT.chunks]
+    assert torch.equal(pull(served, 3, 0), before[3])
+    response = served.stub.Push(everything(16.0), timeout=20)
+    assert (response.num_counted, response.num_duplicate, list(response.refused)) == (len(LAYOUT.chunks), 0, [])
+    for chunk in (0, 5, len(LAYOUT.chunks) - 1):
+        assert torch.allclose(pull(served, chunk, 1), before[chunk] - 0.5, atol=1e-6)  # 16 over 16 tokens, at rate 0.5
+    assert served.stub.Push(everything(16.0), timeout=20).num_duplicate == len(LAYOUT.chunks)
+
+
+def test_a_pull_of_a_past_version_is_superseded(served: Served) -> None:
+    served.stub.Push(everything(1.0), timeout=20)
+    (piece,) = served.stub.Pull(ps_pb2.PullRequest(run_id=RUN, version=0, chunks=[2]), timeout=20)
+    assert (piece.outcome, piece.version) == (ps_pb2.PULL_OUTCOME_SUPERSEDED, 1)
+
+
+def test_more_pulls_wait_than_there_are_threads_and_pushes_go_on(served: Served) -> None:
+    waiting = [served.stub.Pull(ps_pb2.PullRequest(run_id=RUN, version=1, chunks=[c]), timeout=20) for c in range(6)]
+    with ThreadPoolExecutor(6) as threads:
+        answers = [threads.submit(list, call) for call in waiting]
+        served.stub.Push(everything(1.0), timeout=20)
+        assert all(piece.version == 1 for answer in answers for piece in answer.result(timeout=20))
+
+
+def test_lanes_are_joined_along_the_tree(served: Served) -> None:
+    half = tensor_pb2.Block(first=1, size=1)
+    assert served.stub.Push(contribution(1, np.ones(LAYOUT.chunks[1].num_elements), block=half), timeout=20).num_counted == 1
+    refused = served.stub.Push(contribution(1, np.ones(LAYOUT.chunks[1].num_elements)), timeout=20).refused[0]
+    assert refused.outcome == ps_pb2.PUSH_OUTCOME_OVERLAPS
+    assert [(block.first, block.size) for block in refused.missing] == [(0, 1)]
+
+
+def test_a_gradient_that_is_not_finite_skips_the_step(served: Served) -> None:
+    before = pull(served, 0, 0)
+    served.stub.Push(everything(float("nan")), timeout=20)
+    assert torch.equal(pull(served, 0, 1), before)
+    (summary,) = served.shard.unacknowledged(10)
+    assert summary.skipped
+
+
+def broken(**change: object) -> ps_pb2.PushRequest:
+    """A first piece of chunk 1 with something wrong."""
+    total = LAYOUT.chunks[1].num_bytes
+    piece = next(contribution(1, np.ones(total // 4)))
+    for name, value in change.items():
+        target, _, field = name.rpartition("__")
+        setattr(getattr(piece, target) if target else piece, field, value)
+    return piece
+
+
+@pytest.mark.parametrize(
+    ("piece", "code", "reason"),
+    [
+        (broken(chunk=999), grpc.StatusCode.INVALID_ARGUMENT, "chunk 999 is not one of the model's"),
+        (broken(site=1), grpc.StatusCode.INVALID_ARGUMENT, "has 1 sites; found site 1"),
+        (broken(run_id="other"), grpc.StatusCode.FAILED_PRECONDITION, "of run 'r', the message of run 'other'"),
+        (broken(slice__offset=64), grpc.StatusCode.INVALID_ARGUMENT, "must begin at byte 0, found 64"),
+        (broken(slice__total=64), grpc.StatusCode.INVALID_ARGUMENT, "bytes of fp32; found 64 of dtype 1"),
+        (broken(slice__dtype=2), grpc.StatusCode.INVALID_ARGUMENT, "of dtype 2"),
+        (broken(payload=b"abc"), grpc.StatusCode.INVALID_ARGUMENT, "multiples of 4"),
+        (broken(payload=b"\0" * 20000), grpc.StatusCode.INVALID_ARGUMENT, "do not lie within"),
+        (broken(), grpc.StatusCode.INVALID_ARGUMENT, "the stream ended"),
+        (broken(block__size=3), grpc.StatusCode.INVALID_ARGUMENT, "no aligned block of 2 lanes"),
+    ],
+)
+def test_a_bad_chunk_is_refused_with_a_reason_and_harms_nothing(
+    served: Served, piece: ps_pb2.PushRequest, code: grpc.StatusCode, reason: str
+) -> None:
+    with pytest.raises(grpc.RpcError) as refused:
+        served.stub.Push(iter([piece]), timeout=20)
+    assert refused.value.code() == code
+    assert reason in refused.value.details()
+    assert served.stub.Push(everything(1.0), timeout=20).num_counted == len(LAYOUT.chunks)
+
+
+def test_an_oversized_message_is_refused(served: Served) -> None:
+    channel = grpc.insecure_channel(served.address, options=[("grpc.max_send_message_length", -1)])
+    with pytest.raises(grpc.RpcError) as refused:
+        ps_pb2_grpc.ParameterShardStub(channel).Push(iter([broken(payload=b"\0" * (17 << 20))]), timeout=20)
+    assert refused.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+    channel.close()
+
+
+def test_garbage_is_refused(served: Served) -> None:
+    call = served.channel.stream_unary("/shardlane.ps.v1.ParameterShard/Push")
+    for garbage in (b"\xff" * 40, b"\x7a\xff\xff\x7f", b"\x0b"):
+        with pytest.raises(grpc.RpcError) as refused:
+            call(iter([garbage]), timeout=20)
+        assert refused.value.code() == grpc.StatusCode.INTERNAL
+    assert served.stub.Push(everything(1.0), timeout=20).num_counted == len(LAYOUT.chunks)
+
+
+class StubShard(ps_pb2_grpc.ParameterShardServicer):
+    """Nothing of ours: remembers what was pushed and answers pulls from memory."""
+
+    def __init__(self) -> None:
+        self.pushed = b""
+        self.headers: list[ps_pb2.PushRequest] = []
+        self.done = threading.Event()
+
+    def Push(self, request_iterator: Iterator[ps_pb2.PushRequest], context: object) -> ps_pb2.PushResponse:
+        for request in request_iterator:
+            self.pushed += request.payload
+            self.headers.append(request)
+        return ps_pb2.PushResponse(num_counted=1)
+
+    def Pull(self, request: ps_pb2.PullRequest, context: object) -> Iterator[ps_pb2.PullResponse]:
+        for chunk in request.chunks:
+            yield ps_pb2.PullResponse(chunk=chunk, version=request.version, outcome=1, payload=bytes([chunk]) * 8)
+
+
+def test_our_client_talks_to_a_server_of_generated_stubs() -> None:
+    servicer = StubShard()
+    server = grpc.server(ThreadPoolExecutor(2))
+    ps_pb2_grpc.add_ParameterShardServicer_to_server(servicer, server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    channel = rpc.connect(f"127.0.0.1:{port}")
+    client = rpc.Client(channel, SERVICE)
+    values = memoryview(np.arange(1000, dtype="<f4")).cast("B")
+    pieces = [
+        wire.Framed(ps_pb2.PushRequest(run_id=RUN, step=7), values[:2000]),
+        wire.Framed(ps_pb2.PushRequest(), values[2000:]),
+    ]
+    assert client.Push(iter(pieces), timeout=20).num_counted == 1
+    assert servicer.pushed == values.tobytes()
+    assert servicer.headers[0].step == 7
+    pulled = list(client.Pull(ps_pb2.PullRequest(version=3, chunks=[5, 9]), timeout=20))
+    assert [(each.header.chunk, each.header.version, bytes(each.payload)) for each in pulled] == [
+        (5, 3, b"\5" * 8),
+        (9, 3, b"\t" * 8),
+    ]
+    channel.close()
+    server.stop(None).wait()

@@ -1,0 +1,219 @@
+"""The shard's core as stories with exact effects."""
+
+from __future__ import annotations
+
+import pytest
+
+from ps_service.core.commit import decide
+from ps_service.core.messages import (
+    Ack,
+    Alarm,
+    Announce,
+    Apply,
+    Checkpoint,
+    Close,
+    Contribution,
+    Decision,
+    DropSums,
+    Effect,
+    Envelope,
+    Join,
+    Keep,
+    KeepSum,
+    Load,
+    Outcome,
+    Publish,
+    Record,
+    Records,
+    Replicate,
+    Send,
+)
+from ps_service.core.shard import ShardCore
+from shardlane.config import Config, build
+from shardlane.errors import StaleError
+from shardlane.ids import ChunkId, Incarnation, Lane, PlanNumber, RunId, SiteIndex, Step, Timeline, Version
+from shardlane.lanes import Block, lane
+from shardlane.plan import REQUEST_CHECKPOINT, REQUEST_STOP, Member, Placement, Plan
+
+A, B, C = Incarnation("shard-a"), Incarnation("shard-b"), Incarnation("shard-c")
+X, Y = ChunkId(0), ChunkId(1)
+CONFIG: Config = build({"train": {"lanes": 2, "micro_batch_size": 1, "global_batch_size": 2, "max_steps": 9, "seq_len": 4}})
+
+
+def plan(*placements: Placement, epoch: int = 1, timeline: int = 0) -> Plan:
+    shards = sorted({each for placement in placements for each in placement.holders})
+    members = tuple(Member(each, "shard", f"{each}:1") for each in shards)
+    return Plan(PlanNumber(1, epoch), RunId("r"), Timeline(timeline, Version(0)), members, (), (), placements)
+
+
+def core(me: Incarnation, sites: tuple[int, ...] = (1, 1), last: int = 9) -> ShardCore:
+    def decision(step: Step, records: object) -> Decision:
+        return decide(step, records, config=CONFIG, loss_chunk=X)  # type: ignore[arg-type]
+
+    return ShardCore(me, num_sites=sites, num_lanes=2, last_version=last, decide=decision)
+
+
+def push(block: Block, *, step: int = 0, chunk: ChunkId = X, site: int = 0, timeline: int = 0, loss: float = 1.0) -> Contribution:
+    return Contribution(timeline, Step(step), block, SiteIndex(site), chunk, 4 * block.size, loss)
+
+
+BOTH = Block(Lane(0), 2)
+
+
+def record(chunk: ChunkId, step: int = 0, digest: int = 7, requests: int = 0) -> Record:
+    return Record(Step(step), chunk, 1.0, 8, 2.0, digest, requests)
+
+
+def close(shard: ShardCore, chunk: ChunkId, step: int = 0, digest: int = 7) -> list[Effect]:
+    shard.on_push(push(BOTH, step=step, chunk=chunk, loss=2.0))
+    return shard.on_measured(chunk, square_norm=1.0, digest=digest)
+
+
+def of_kind(effects: list[Effect], *kinds: type) -> list[Effect]:
+    return [effect for effect in effects if isinstance(effect, kinds)]
+
+
+def test_the_first_plan_loads_and_publishes() -> None:
+    shard = core(A)
+    effects = shard.on_plan(plan(Placement((A,)), Placement((B,))))
+    assert effects == [Load(Timeline(0, Version(0)), (X,)), Publish(X, Version(0))]
+
+
+def test_lanes_are_kept_joined_and_closed_once() -> None:
+    shard = core(A)
+    shard.on_plan(plan(Placement((A,)), Placement((B,))))
+    answer, effects = shard.on_push(push(lane(1)))
+    assert (answer.outcome, effects) == (Outcome.COUNTED, [Keep(X, SiteIndex(0), lane(1))])
+    again, nothing = shard.on_push(push(lane(1)))
+    assert (again.outcome, nothing) == (Outcome.DUPLICATE, [])
+    overlap, nothing = shard.on_push(push(BOTH))
+    assert (overlap.outcome, overlap.missing, nothing) == (Outcome.OVERLAPS, (lane(0),), [])
+    answer, effects = shard.on_push(push(lane(0)))
+    assert effects == [Keep(X, SiteIndex(0), lane(0)), Join(X, SiteIndex(0), lane(0), lane(1)), Close(X, Step(0))]
+
+
+def test_a_tied_chunk_waits_for_both_sites() -> None:
+    shard = core(A, sites=(2, 1))
+    shard.on_plan(plan(Placement((A,)), Placement((B,))))
+    _, effects = shard.on_push(push(BOTH, site=1))
+    assert not of_kind(effects, Close)
+    _, effects = shard.on_push(push(BOTH, site=0))
+    assert of_kind(effects, Close) == [Close(X, Step(0))]
+
+
+def test_nobody_applies_before_every_chunk_of_the_model_has_closed() -> None:
+    shard = core(A)
+    shard.on_plan(plan(Placement((A,)), Placement((B,))))
+    effects = close(shard, X)
+    assert [effect.envelope.message for effect in effects if isinstance(effect, Send)] == [Records((record(X),))]
+    assert not of_kind(effects, Apply)
+    effects = shard.on_message(Envelope(B, PlanNumber(1, 1), 0, Records((record(Y),))))
+    assert of_kind(effects, Apply, Publish) == [
+        Apply(X, Step(0), pytest.approx(1 / 8 * min(1, 1 / (2**0.5 / 8 + 1e-6))), CONFIG.optimizer.learning_rate),
+        Publish(X, Version(1)),
+    ]
+    assert shard.judge(push(lane(0), step=0)).outcome is Outcome.DUPLICATE
+    assert shard.judge(push(lane(0), step=1)).outcome is Outcome.COUNTED
+    assert shard.judge(push(lane(0), step=2)).outcome is Outcome.NOT_YET
+
+
+def test_a_chunk_closes_only_when_its_backup_holds_the_sum() -> None:
+    both = plan(Placement((A, B)), Placement((B, A)))
+    primary, backup = core(A), core(B)
+    primary.on_plan(both), backup.on_plan(both)
+    effects = close(primary, X)
+    (sent,) = of_kind(effects, Send)
+    assert isinstance(sent, Send) and sent.envelope.message == Replicate(record(X))
+    kept = backup.on_message(sent.envelope)
+    assert of_kind(kept, KeepSum) == [KeepSum(X)]
+    (ack,) = [effect for effect in kept if isinstance(effect, Send)]
+    assert ack.envelope.message == Ack(Step(0), X)
+    effects = primary.on_message(ack.envelope)
+    assert [effect.envelope.message for effect in effects if isinstance(effect, Send)] == [Records((record(X),))]
+
+
+def test_an_ack_of_an_older_epoch_does_not_close() -> None:
+    shard = core(A)
+    shard.on_plan(plan(Placement((A, B)), Placement((B, A))))
+    close(shard, X)
+    shard.on_plan(plan(Placement((A, B)), Placement((B, A)), epoch=2))
+    with pytest.raises(StaleError):
+        shard.on_message(Envelope(B, PlanNumber(1, 1), 0, Ack(Step(0), X)))
+
+
+def test_a_deposed_primary_applies_only_the_sum_that_was_decided_on() -> None:
+    shard = core(A)
+    shard.on_plan(plan(Placement((A, B)), Placement((B, A))))
+    close(shard, X, digest=7)
+    shard.on_plan(plan(Placement((B, A)), Placement((B, A)), epoch=2))
+    effects = shard.on_message(Envelope(B, PlanNumber(1, 2), 0, Records((record(X, digest=8), record(Y)))))
+    assert of_kind(effects, DropSums, Apply) == [DropSums(X, keep_closed=False)]
+
+
+def test_a_new_plan_keeps_closed_sums_and_clears_partial_ones() -> None:
+    shard = core(A)
+    shard.on_plan(plan(Placement((A, B)), Placement((A, B))))
+    close(shard, X)
+    shard.on_push(push(lane(0), chunk=Y))
+    effects = shard.on_plan(plan(Placement((A, B)), Placement((A, B)), epoch=2))
+    assert of_kind(effects, DropSums) == [DropSums(X, keep_closed=True), DropSums(Y, keep_closed=False)]
+    assert shard.judge(push(lane(0), chunk=Y)).outcome is Outcome.COUNTED
+    assert shard.judge(push(lane(0), chunk=X)).outcome is Outcome.DUPLICATE
+
+
+def test_a_stop_and_a_checkpoint_ride_in_the_record_and_act_everywhere_at_one_version() -> None:
+    shard = core(A)
+    shard.on_plan(plan(Placement((A,)), Placement((B,))))
+    shard.requests = REQUEST_CHECKPOINT
+    close(shard, X)
+    effects = shard.on_message(Envelope(B, PlanNumber(1, 1), 0, Records((record(Y, requests=REQUEST_STOP),))))
+    assert of_kind(effects, Checkpoint) == [Checkpoint(Version(1), (X,))]
+    (announced,) = of_kind(effects, Announce)
+    assert isinstance(announced, Announce) and announced.decision.stop
+    assert shard.judge(push(lane(0), step=1)).outcome is Outcome.NOT_YET
+    assert shard.requests == 0
+
+
+def test_a_step_that_is_not_finite_is_skipped() -> None:
+    shard = core(A)
+    shard.on_plan(plan(Placement((A,)), Placement((B,))))
+    shard.on_push(push(BOTH))
+    shard.on_measured(X, square_norm=float("nan"), digest=7)
+    effects = shard.on_message(Envelope(B, PlanNumber(1, 1), 0, Records((record(Y),))))
+    (applied,) = of_kind(effects, Apply)
+    assert isinstance(applied, Apply) and applied.scale is None and shard.version == 1
+
+
+def test_a_new_timeline_voids_everything() -> None:
+    shard = core(A)
+    shard.on_plan(plan(Placement((A,)), Placement((A,))))
+    close(shard, X)
+    shard.on_plan(plan(Placement((A,)), Placement((A,)), epoch=2, timeline=1))
+    assert shard.judge(push(lane(0), timeline=0)).outcome is Outcome.STALE
+    assert shard.judge(push(lane(0), timeline=1)).outcome is Outcome.COUNTED
+    with pytest.raises(StaleError, match="timeline 0"):
+        shard.on_message(Envelope(B, PlanNumber(1, 2), 0, Records((record(Y),))))
+
+
+def test_equal_numbers_with_other_contents_are_refused() -> None:
+    shard = core(A)
+    shard.on_plan(plan(Placement((A,)), Placement((B,))))
+    with pytest.raises(StaleError, match=r"two plans are numbered 1\.1"):
+        shard.on_plan(plan(Placement((B,)), Placement((B,))))
+
+
+def test_who_is_listed_in_sync_without_the_chunk_raises_an_alarm() -> None:
+    shard = core(A)
+    shard.on_plan(plan(Placement((B,)), Placement((A,))))
+    effects = shard.on_plan(plan(Placement((A,)), Placement((A,)), epoch=2))
+    assert len(of_kind(effects, Alarm)) == 1
+
+
+def test_what_was_lost_is_sent_again_until_it_is_known_there() -> None:
+    shard = core(A)
+    shard.on_plan(plan(Placement((A,)), Placement((B,))))
+    close(shard, X)
+    (again,) = shard.on_tick()
+    assert isinstance(again, Send) and again.envelope.message == Records((record(X),))
+    shard.on_delivered(B, again.envelope.message)
+    assert shard.on_tick() == []
