@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 from coordinator.core.run import Run
 from shardlane.metrics import Metrics
+from shardlane.plan import Role
 
 
 class Instruments:
@@ -31,15 +33,20 @@ class Instruments:
         ages = metrics.gauge(
             name("lease_age_seconds"), "Since the last heartbeat of the member that is silent longest.", ("role",)
         )
-        for role in ("shard", "worker"):
-            members.labels(role).set_function(lambda role=role: len(run.members.alive(role)))
-            ages.labels(role).set_function(lambda role=role: _oldest(run, role, clock()))
+        roles: tuple[Role, Role] = ("shard", "worker")
+        for role in roles:
+            members.labels(role).set_function(partial(_count, run, role))
+            ages.labels(role).set_function(partial(_oldest, run, role, clock))
         self.tokens = metrics.counter(name("tokens_total"), "Tokens trained on.")
         self.plans = metrics.counter(name("plans_total"), "Plans made.")
         self.checkpoint_failures = metrics.counter(name("checkpoint_failures_total"), "Checkpoints that were not taken.")
         self.write_failures = metrics.counter(name("write_failures_total"), "Writes of rows or state that are to be repeated.")
 
 
-def _oldest(run: Run, role: str, now: float) -> float:
-    ages = (now - state.heard_seconds for state in run.members.states if state.registration.role == role)
-    return max(ages, default=0.0)
+def _count(run: Run, role: Role) -> float:
+    return len(run.members.alive(role))
+
+
+def _oldest(run: Run, role: Role, clock: Callable[[], float]) -> float:
+    now = clock()
+    return max((now - state.heard_seconds for state in run.members.states if state.registration.role == role), default=0.0)

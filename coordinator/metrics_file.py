@@ -69,7 +69,7 @@ class MetricsFile:
         self._pending.clear()
 
     def drop_after(self, version: Version) -> None:
-        """Forgets steps from `version` on and validations of later versions, pending ones too. Raises `OSError`: call it again."""
+        """Forgets steps from `version` on and validations of later versions, pending ones too. Raises `OSError`: try again."""
         self._pending.clear()
         self.version = version
         self._rewrite(lambda row: row["step"] <= version if "val_loss" in row else row["step"] < version)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from coordinator.core.events import RunState
 from coordinator.core.placement import num_primary
 from coordinator.core.run import Run
 from coordinator.translation import summary_to_wire
@@ -44,6 +45,15 @@ def status_of(run: Run, now: float) -> coordinator_pb2.GetStatusResponse:
     return response
 
 
+_STATES = {
+    RunState.GATHERING: coordinator_pb2.RUN_STATE_GATHERING,
+    RunState.TRAINING: coordinator_pb2.RUN_STATE_TRAINING,
+    RunState.PAUSED: coordinator_pb2.RUN_STATE_PAUSED,
+    RunState.FINISHING: coordinator_pb2.RUN_STATE_FINISHING,
+    RunState.FINISHED: coordinator_pb2.RUN_STATE_FINISHED,
+    RunState.FAILED: coordinator_pb2.RUN_STATE_FAILED,
+}
+
+
 def state_to_wire(run: Run) -> coordinator_pb2.RunState:
-    """The core's states have the wire's numbers."""
-    return coordinator_pb2.RunState.Name(run.state) and int(run.state)  # type: ignore[return-value]
+    return _STATES[run.state]

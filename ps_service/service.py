@@ -5,8 +5,6 @@ from __future__ import annotations
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
-from shardlane.member import Beat, Membership, RunInfo, new_incarnation
-
 from ps_service.instruments import ShardInstruments
 from ps_service.peers import SERVICE
 from ps_service.servicer import ShardServicer
@@ -15,12 +13,14 @@ from shardlane import rpc, wire
 from shardlane.errors import MalformedError, StaleError
 from shardlane.ids import Incarnation, Version
 from shardlane.logs import logger
+from shardlane.member import Beat, Membership, RunInfo, new_incarnation
 from shardlane.metrics import Metrics
 from shardlane.numerics import configure_torch, numerics_class
 from shardlane.pb import coordinator_pb2
 from shardlane.plan import Plan
 
 SUMMARIES_A_BEAT = 512
+FLUSH_SECONDS_MAX = 5.0  # for reports that the coordinator has not taken yet
 TICK_SECONDS = 1.0  # a shard that has not moved for so long sends again what may be lost
 PUSHES_MAX = 32  # push streams served at a time, each with one chunk in memory
 PULLS_MAX = 64  # pulls that wait or stream at a time; further ones queue
@@ -45,6 +45,7 @@ class ShardService:
             instruments=ShardInstruments(self.metrics),
             report_checkpoint=self._report_checkpoint,
             on_plan=self._on_peers_plan,
+            on_milestone=lambda: self._membership.beat_soon(),
         )
         self._log = logger(role="shard", run=run.run_id, rank=self.me)
         pools = {
@@ -76,16 +77,22 @@ class ShardService:
         self._ticker.start()
 
     @property
-    def state(self) -> int:
-        """The run's state as far as it is known here."""
-        return self._membership.state
+    def run_has_ended(self) -> bool:
+        """As far as it is known here."""
+        return self._membership.state in (coordinator_pb2.RUN_STATE_FINISHED, coordinator_pb2.RUN_STATE_FAILED)
+
+    @property
+    def exit_status(self) -> int:
+        return int(self._membership.state == coordinator_pb2.RUN_STATE_FAILED)
 
     def stop(self) -> None:
+        """What was asked to be written is written and reported first."""
         self._stopping.set()
-        self._membership.stop()
         self.shard.publications.fail_waiting()
-        self._server.stop()
         self.shard.close()
+        self._membership.flush(FLUSH_SECONDS_MAX)
+        self._membership.stop()
+        self._server.stop()
         self.metrics.close()
 
     # ---- membership ----------------------------------------------------------------------------------------------------

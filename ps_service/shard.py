@@ -70,8 +70,9 @@ class Shard:
         instruments: ShardInstruments,
         report_checkpoint: Callable[[coordinator_pb2.ReportCheckpointRequest], None],
         on_plan: Callable[[coordinator_pb2.Plan], None],
+        on_milestone: Callable[[], None],
     ) -> None:
-        """`on_plan` gets plans that peers attach to their answers."""
+        """`on_plan` gets plans that peers attach to their answers; `on_milestone` is called when a checkpoint is begun."""
         self.me, self.config, self.run_id = me, config, run_id
         self.layout = Layout.of(config)
         self.store = TensorStore(config, self.layout)
@@ -80,7 +81,7 @@ class Shard:
         self.log = logger(role="shard", run=run_id, rank=me, step=lambda: self.publications.oldest())
         self._checkpoint_path = checkpoint_path
         self._snapshots = SnapshotWriter(me, checkpoint_path, config.optimizer.name, self.store, report_checkpoint)
-        self._on_plan = on_plan
+        self._on_plan, self._on_milestone = on_plan, on_milestone
         self._lock = threading.Lock()
         self._outboxes: dict[Incarnation, Outbox] = {}
         self._summaries: deque[coordinator_pb2.StepSummary] = deque(maxlen=SUMMARIES_MAX)
@@ -228,6 +229,7 @@ class Shard:
                     self._announce(effect)
                 case Checkpoint():
                     self._snapshots.take(effect.version, effect.chunks)
+                    self._on_milestone()
                 case AskInSync():
                     self.log.info("learner is in sync", chunk=effect.chunk, learner=effect.learner)
                 case Alarm():

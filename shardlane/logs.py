@@ -79,7 +79,6 @@ def _formatter(form: str) -> logging.Formatter:
     shared: list[structlog.typing.Processor] = [
         structlog.stdlib.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
-        structlog.stdlib.ExtraAdder(),
         _settle,
         structlog.processors.format_exc_info,
     ]
@@ -95,7 +94,7 @@ def _formatter(form: str) -> logging.Formatter:
 def _settle(_: WrappedLogger, __: str, event: EventDict) -> EventDict:
     """Asks what can be called, leaves out what is not known, puts the context first."""
     values = {**_process_context, **event}
-    first = {name: values.pop(name) for name in ("timestamp", "level", *CONTEXT) if name in values}
+    first = {name: values.pop(name) for name in ("timestamp", "level", *CONTEXT, "event") if name in values}
     settled = {name: value() if callable(value) else value for name, value in {**first, **values}.items()}
     return {name: value for name, value in settled.items() if value is not None}
 

@@ -1,10 +1,24 @@
-"""What must be settled in a process before torch is imported: a service's `__main__` calls this first."""
+"""How a process begins and ends: what must be settled before torch is imported, signals, the parent's death, the ready file.
+
+A service's `__main__` stands on this; nothing here loads torch.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import json
 import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from shardlane.errors import ShardlaneError, UserError
 
 MALLOC_OPTIONS = {"TRIM_THRESHOLD": (-1, 1 << 30), "TOP_PAD": (-2, 64 << 20), "MMAP_THRESHOLD": (-3, 32 << 20)}
 """glibc's `mallopt` (parameter, bytes). Memory once touched is kept and used again: a first touch costs eight times a second
@@ -35,3 +49,82 @@ def prepare_process(threads: int) -> None:
         mallopt = ctypes.CDLL(None).mallopt
         for parameter, num_bytes in MALLOC_OPTIONS.values():
             mallopt(parameter, num_bytes)
+
+
+PARENT_VARIABLE = "SHARDLANE_PARENT_PID"
+EXIT_USER_ERROR = 2
+_EXIT_INTERRUPTED = 130
+_PARENT_POLL_SECONDS = 0.25
+_ORPHAN_GRACE_SECONDS = 1.0  # for an orderly stop once the parent is gone; then the process ends at once
+
+
+class Lifetime:
+    """When this process is to stop: SIGTERM, Ctrl-C (twice: at once), or the end of its parent."""
+
+    def __init__(self) -> None:
+        self.stop_requested = threading.Event()
+
+    def install_signals(self) -> None:
+        """From the main thread only."""
+        signal.signal(signal.SIGTERM, self._on_signal)
+        signal.signal(signal.SIGINT, self._on_signal)
+
+    def watch_parent(self, environment: Mapping[str, str] = os.environ) -> None:
+        """If SHARDLANE_PARENT_PID names a process, ends this one within 2 s of that one's end. Raises `UserError`."""
+        text = environment.get(PARENT_VARIABLE, "")
+        if not text:
+            return
+        if not text.isdigit():
+            raise UserError(f"{PARENT_VARIABLE} is {text!r}; expected the number of a process")
+        threading.Thread(target=self._watch, args=(int(text),), name="parent", daemon=True).start()
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self.stop_requested.is_set():
+            os._exit(_EXIT_INTERRUPTED)
+        self.stop_requested.set()
+
+    def _watch(self, parent: int) -> None:
+        while _is_running(parent):
+            time.sleep(_PARENT_POLL_SECONDS)
+        self.stop_requested.set()
+        time.sleep(_ORPHAN_GRACE_SECONDS)
+        os._exit(1)
+
+
+def _is_running(pid: int) -> bool:
+    """A process that has ended and was not waited for yet (a zombie) does not run."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[0]
+        return state not in (b"Z", b"X")
+    except (OSError, IndexError):
+        if Path("/proc/self/stat").exists():
+            return False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+def write_ready_file(path: Path, values: Mapping[str, Any]) -> None:
+    """Says, atomically, that this process serves and where. Raises `UserError`."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(json.dumps(dict(values)) + "\n", encoding="utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        raise UserError(f"cannot write the ready file {path}: {error.strerror}") from error
+
+
+def run_main(name: str, main: Callable[[], int]) -> int:
+    """`main`'s exit status; an error of the person's is one line on stderr and status 2, a bug keeps its traceback."""
+    try:
+        return main()
+    except ShardlaneError as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        return _EXIT_INTERRUPTED

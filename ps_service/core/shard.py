@@ -11,34 +11,15 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from ps_service.core.barrier import Barrier
-from ps_service.core.messages import (  # fmt: skip
-    Ack,
-    Alarm,
-    Announce,
-    Answer,
-    Apply,
-    AskInSync,
-    Checkpoint,
-    Close,
-    Contribution,
-    Decision,
-    DropSums,
-    Effect,
-    Envelope,
-    Forget,
-    KeepState,
-    KeepSum,
-    Load,
-    Message,
-    Outcome,
-    Position,
-    Publish,
-    Record,
-    Records,
-    Refill,
-    Replicate,
-    Send,
+
+# isort: off
+# fmt: off
+from ps_service.core.messages import (
+    Ack, Alarm, Announce, Answer, Apply, AskInSync, Checkpoint, Close, Contribution, Decision, DropSums, Effect, Envelope,
+    Forget, KeepState, KeepSum, Load, Message, Outcome, Position, Publish, Record, Records, Refill, Replicate, Send,
 )
+# fmt: on
+# isort: on
 from shardlane.errors import StaleError
 from shardlane.ids import ChunkId, Incarnation, Step, Version
 from shardlane.plan import Placement, Plan

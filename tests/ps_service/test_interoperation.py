@@ -49,6 +49,7 @@ class Served:
             instruments=ShardInstruments(Metrics("shard")),
             report_checkpoint=lambda report: None,
             on_plan=lambda plan: None,
+            on_milestone=lambda: None,
         )
         pools = {"Pull": ThreadPoolExecutor(2)}
         handlers = {SERVICE.full_name: rpc.handler(SERVICE, ShardServicer(self.shard), pools=pools)}

@@ -1,0 +1,74 @@
+"""The flags that all services share. Each may be given as a variable, `SHARDLANE_` and its name; a flag beats the variable."""
+
+from __future__ import annotations
+
+import argparse
+import ipaddress
+from collections.abc import Mapping
+
+from shardlane.errors import UserError
+
+_TRUE = ("1", "true", "yes", "on")
+
+
+class ServiceParser:
+    """An argument parser whose defaults come from the environment it is given."""
+
+    def __init__(self, prog: str, description: str, environment: Mapping[str, str], epilog: str = "") -> None:
+        epilog = f"Each flag may be given as a variable, such as SHARDLANE_BIND. {epilog}"
+        self._parser = argparse.ArgumentParser(prog=prog, description=description, epilog=epilog, allow_abbrev=False)
+        self._environment = environment
+
+    def text(self, flag: str, default: str, help: str) -> None:
+        self._parser.add_argument(flag, default=self._environment.get(_variable(flag), default), help=help)
+
+    def switch(self, flag: str, help: str) -> None:
+        default = self._environment.get(_variable(flag), "").lower() in _TRUE
+        self._parser.add_argument(flag, action="store_true", default=default, help=help)
+
+    def add_serving(self) -> None:
+        """Where the service is reached, and how it ends."""
+        self.text("--bind", "127.0.0.1:0", "host:port to serve on; port 0 takes any free one")
+        self.text("--advertise", "", "host, or host:port, under which others reach it; default: as bound")
+        self.text("--metrics-bind", "127.0.0.1:0", "host:port of /metrics; empty: none")
+        self.text("--ready-file", "", "written as JSON (address, metrics_address, pid) once it serves")
+        self.switch("--stay", "keep serving after the run has ended")
+        self.switch("--insecure", "serve in plain text on an address that other machines can reach")
+
+    def add_joining(self) -> None:
+        """Which run a member joins."""
+        self.text("--coordinator", "", "host:port of the coordinator")
+        self.text("--run-id", "", "the run to join; default: whichever the coordinator runs")
+
+    def parse(self, arguments: list[str], *, required: tuple[str, ...]) -> argparse.Namespace:
+        """Exits with usage on an unknown flag. Raises `UserError` for a missing one or an open plain-text bind."""
+        flags = self._parser.parse_args(arguments)
+        return self._checked(flags, required)
+
+    def parse_with_overrides(self, arguments: list[str], *, required: tuple[str, ...]) -> tuple[argparse.Namespace, list[str]]:
+        """As `parse`, leaving `--section.key value` to the config."""
+        flags, rest = self._parser.parse_known_args(arguments)
+        return self._checked(flags, required), rest
+
+    def _checked(self, flags: argparse.Namespace, required: tuple[str, ...]) -> argparse.Namespace:
+        for flag in required:
+            if not getattr(flags, flag.removeprefix("--").replace("-", "_")):
+                raise UserError(f"{flag} is missing, and so is {_variable(flag)}; give one of them")
+        if not flags.insecure and not is_loopback(flags.bind):
+            raise UserError(
+                f"--bind {flags.bind} can be reached from other machines, in plain text; add --insecure, or bind 127.0.0.1"
+            )
+        return flags
+
+
+def _variable(flag: str) -> str:
+    return f"SHARDLANE_{flag.removeprefix('--').replace('-', '_').upper()}"
+
+
+def is_loopback(bind: str) -> bool:
+    """Whether only this machine reaches host:port."""
+    host = bind.rpartition(":")[0].strip("[]")
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

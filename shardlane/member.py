@@ -1,0 +1,330 @@
+"""The client side of membership: how a shard or a worker joins a run, keeps its lease, hears of plans and tells its news.
+
+A member goes on working whatever happens to the coordinator: heartbeats, plans and reports have threads and a connection of
+their own, are tried until they get through, and never hold up a caller.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc
+
+from shardlane import config as configs
+from shardlane import rpc, wire
+from shardlane.config import Config
+from shardlane.errors import MalformedError, UnreachableError
+from shardlane.ids import PROTOCOL_VERSION, Incarnation, PlanNumber, RunId, Version
+from shardlane.logs import logger
+from shardlane.pb import coordinator_pb2
+from shardlane.plan import Plan, Role
+
+BEAT_SECONDS_MAX = 1.0  # heartbeats come at a quarter of the lease, at least so often
+FINISHING_BEAT_SECONDS = 0.2  # the end of a run is worth knowing soon
+BEAT_DEADLINE_SECONDS = 2.0
+RETRY_SECONDS = 0.5
+REPORTS_MAX = 4096  # that wait for the coordinator; the oldest gives way
+_SERVICE = coordinator_pb2.DESCRIPTOR.services_by_name["Coordinator"]
+_REFUSED = (grpc.StatusCode.FAILED_PRECONDITION, grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.UNIMPLEMENTED)
+
+
+@dataclass(frozen=True)
+class RunInfo:
+    """What a process must know of a run before it joins."""
+
+    run_id: RunId
+    config: Config
+    data_digest: str
+    checkpoint_path: Path
+
+
+@dataclass(frozen=True, slots=True)
+class Beat:
+    """What a heartbeat tells; `plan` is the newest that the member has adopted, `steps` those that are not acknowledged."""
+
+    plan: PlanNumber | None
+    version: Version
+    steps: Sequence[coordinator_pb2.StepSummary] = ()
+    activity: str = ""
+
+
+def new_incarnation(role: Role) -> Incarnation:
+    return Incarnation(f"{role}-{secrets.token_hex(4)}")
+
+
+def fetch_run(coordinator: str, *, run_id: str = "", patience_seconds: float = 60.0) -> RunInfo:
+    """Asks the coordinator which run it has, again and again while it does not answer.
+
+    Raises `UnreachableError` once patience is over; `UserError` with the reason if it runs another run or protocol.
+    """
+    request = coordinator_pb2.GetRunRequest(protocol_version=PROTOCOL_VERSION, run_id=run_id)
+    what, end, has_said = f"the coordinator at {coordinator}", time.monotonic() + patience_seconds, False
+    with rpc.connect(coordinator, own_connection=True) as channel:
+        client = rpc.Client(channel, _SERVICE)
+        while True:
+            try:
+                with rpc.user_errors(what):
+                    deadline = max(1.0, min(rpc.CONTROL_DEADLINE_SECONDS, end - time.monotonic()))
+                    response = client.GetRun(request, timeout=deadline)
+                break
+            except UnreachableError as error:
+                if time.monotonic() >= end:
+                    raise UnreachableError(f"{error}; gave up after {patience_seconds:g} s") from error
+                if not has_said:
+                    logger(role="member").info("waiting for the coordinator", coordinator=coordinator)
+                has_said = True
+                time.sleep(min(RETRY_SECONDS, max(0.0, end - time.monotonic())))
+    config = configs.build(json.loads(response.config))
+    return RunInfo(RunId(response.run_id), config, response.data_digest, Path(response.checkpoint_path))
+
+
+class Membership:
+    """One process's place in a run. Every public method may be called from any thread."""
+
+    def __init__(
+        self,
+        coordinator: str,
+        *,
+        role: Role,
+        incarnation: Incarnation,
+        address: str,
+        numerics_class: str,
+        metrics_address: str = "",
+        run_id: str = "",
+    ) -> None:
+        self.incarnation = incarnation
+        self._coordinator = coordinator
+        self._registration = coordinator_pb2.RegisterRequest(
+            protocol_version=PROTOCOL_VERSION,
+            role=wire.role_to_wire(role),
+            incarnation=incarnation,
+            address=address,
+            numerics_class=numerics_class,
+            run_id=run_id,
+            metrics_address=metrics_address,
+        )
+        self._log = logger(role=role, rank=incarnation, run=run_id or None)
+        # Heartbeats do not wait behind plans and reports, nor these behind tensors.
+        self._beats, self._talk = (rpc.connect(coordinator, own_connection=True) for _ in range(2))
+        self._beat_client, self._talk_client = rpc.Client(self._beats, _SERVICE), rpc.Client(self._talk, _SERVICE)
+        self._changed = threading.Condition()
+        self._plan: Plan | None = None
+        self._reply = coordinator_pb2.HeartbeatResponse()
+        self._reports: deque[tuple[str, Any]] = deque()
+        self._stopping = threading.Event()
+        self._beat_now = threading.Event()
+        self._lease_seconds = 4 * BEAT_SECONDS_MAX
+        self._threads: list[threading.Thread] = []
+        self._is_away = False
+
+    # ---- what a service uses -------------------------------------------------------------------------------------------
+
+    @property
+    def plan(self) -> Plan | None:
+        """The newest plan, whoever told it."""
+        return self._plan
+
+    @property
+    def state(self) -> coordinator_pb2.RunState:
+        """The run's state as last heard; unspecified before the first answer."""
+        return self._reply.state
+
+    @property
+    def reason(self) -> str:
+        """Of a failure."""
+        return self._reply.reason
+
+    def register(self) -> None:
+        """Raises `UserError` with the reason of a refusal, `UnreachableError`."""
+        with rpc.user_errors(f"the coordinator at {self._coordinator}"):
+            response = self._beat_client.Register(self._registration, timeout=rpc.CONTROL_DEADLINE_SECONDS)
+        self._lease_seconds = response.lease_seconds
+
+    def start(
+        self,
+        beat: Callable[[], Beat],
+        on_plan: Callable[[Plan], None],
+        on_reply: Callable[[coordinator_pb2.HeartbeatResponse], None],
+    ) -> None:
+        """Begins after `register`. `on_plan` hears of ever greater plans, one at a time; of a burst, of the newest alone."""
+        runs = {"beats": lambda: self._run_beats(beat, on_reply), "watch": self._run_watch}
+        runs |= {"plans": lambda: self._run_plans(on_plan), "reports": self._run_reports}
+        self._threads = [threading.Thread(target=run, name=f"member-{name}", daemon=True) for name, run in runs.items()]
+        for thread in self._threads:
+            thread.start()
+
+    def offer(self, plan: Plan) -> None:
+        """A plan that a peer has passed on: adopted if it is greater than what is known here."""
+        with self._changed:
+            known = self._plan
+            if known is None or plan.number > known.number:
+                self._plan = plan
+                self._changed.notify_all()
+            elif plan.number == known.number and plan.digest != known.digest:
+                self._log.error("two plans of one number", epoch=str(plan.number), here=known.digest[:12], there=plan.digest[:12])
+
+    def beat_soon(self) -> None:
+        """There is news that should not wait for the next heartbeat."""
+        self._beat_now.set()
+
+    def report_validation(self, version: Version, index: int, loss_sum: float, tokens: int) -> None:
+        request = coordinator_pb2.ReportValidationRequest(version=version, index=index, loss_sum=loss_sum, tokens=tokens)
+        self._report("ReportValidation", request)
+
+    def report_checkpoint(self, request: coordinator_pb2.ReportCheckpointRequest) -> None:
+        self._report("ReportCheckpoint", request)
+
+    def flush(self, timeout_seconds: float) -> bool:
+        """Waits until every report is delivered."""
+        with self._changed:
+            return self._changed.wait_for(lambda: not self._reports, timeout_seconds)
+
+    def stop(self) -> None:
+        self._stopping.set()
+        self._beat_now.set()
+        with self._changed:
+            self._changed.notify_all()
+        self._beats.close()
+        self._talk.close()
+        for thread in self._threads:
+            if thread is not threading.current_thread():
+                thread.join(timeout=2.0)
+
+    # ---- heartbeats ----------------------------------------------------------------------------------------------------
+
+    def _run_beats(self, beat: Callable[[], Beat], on_reply: Callable[[coordinator_pb2.HeartbeatResponse], None]) -> None:
+        while not self._stopping.is_set():
+            self._beat_now.clear()
+            try:
+                self._send_beat(beat(), on_reply)
+            except Exception:  # a fault in what the service told or did must not cost it its lease
+                self._log.exception("heartbeat went wrong")
+            self._beat_now.wait(self._beat_seconds())
+
+    def _beat_seconds(self) -> float:
+        if self._is_away:
+            return RETRY_SECONDS
+        is_finishing = self.state == coordinator_pb2.RUN_STATE_FINISHING
+        return min(FINISHING_BEAT_SECONDS if is_finishing else BEAT_SECONDS_MAX, self._lease_seconds / 4)
+
+    def _send_beat(self, beat: Beat, on_reply: Callable[[coordinator_pb2.HeartbeatResponse], None]) -> None:
+        request = coordinator_pb2.HeartbeatRequest(
+            incarnation=self.incarnation,
+            plan=wire.number_to_wire(beat.plan) if beat.plan is not None else None,
+            version=beat.version,
+            steps=beat.steps,
+            activity=beat.activity[:64],
+        )
+        try:
+            reply = self._beat_client.Heartbeat(request, timeout=BEAT_DEADLINE_SECONDS)
+        except (grpc.RpcError, ValueError) as error:  # ValueError: the channel was closed
+            if (failed := self._on_failed_beat(error)) is None:
+                return
+            reply = failed
+        else:
+            self._set_away(False)
+            self._lease_seconds = reply.lease_seconds or self._lease_seconds
+        self._reply = reply
+        on_reply(reply)
+
+    def _on_failed_beat(self, error: Exception) -> coordinator_pb2.HeartbeatResponse | None:
+        """Registers again where that is what is missing. An answer that says FAILED: there is no way back into this run."""
+        if self._stopping.is_set():
+            return None
+        try:
+            if isinstance(error, grpc.RpcError) and error.code() == grpc.StatusCode.NOT_FOUND:
+                self._lease_seconds = self._beat_client.Register(self._registration, timeout=BEAT_DEADLINE_SECONDS).lease_seconds
+                self._log.info("registered again")
+                self._beat_now.set()
+                return None
+        except grpc.RpcError as refusal:
+            if refusal.code() in _REFUSED:
+                self._log.error("the coordinator refuses", reason=refusal.details())
+                return coordinator_pb2.HeartbeatResponse(state=coordinator_pb2.RUN_STATE_FAILED, reason=refusal.details())
+        self._set_away(True)
+        return None
+
+    def _set_away(self, is_away: bool) -> None:
+        if is_away and not self._is_away:
+            self._log.warning("the coordinator does not answer; going on without it")
+        elif self._is_away and not is_away:
+            self._log.info("the coordinator answers again")
+        self._is_away = is_away
+
+    # ---- plans ---------------------------------------------------------------------------------------------------------
+
+    def _run_watch(self) -> None:
+        """Asks for plans, in calls that the coordinator holds for up to `rpc.WAIT_SECONDS`."""
+        while not self._stopping.is_set():
+            have = self._plan
+            request = coordinator_pb2.WatchPlansRequest(
+                incarnation=self.incarnation, have=wire.number_to_wire(have.number) if have is not None else None
+            )
+            try:
+                for response in self._talk_client.WatchPlans(request, timeout=2 * rpc.WAIT_SECONDS):
+                    self.offer(wire.plan_from_wire(response.plan))
+            except MalformedError as error:
+                self._log.error("not a plan", error=str(error))
+                self._stopping.wait(RETRY_SECONDS)
+            except (grpc.RpcError, ValueError):
+                self._stopping.wait(RETRY_SECONDS)
+
+    def _run_plans(self, on_plan: Callable[[Plan], None]) -> None:
+        told: Plan | None = None
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda told=told: self._stopping.is_set() or self._plan is not told)  # type: ignore[misc]
+                plan = self._plan
+            if self._stopping.is_set() or plan is None:
+                return
+            told = plan
+            try:
+                on_plan(plan)
+            except Exception:  # the next plan may be a better one
+                self._log.exception("plan not adopted", epoch=str(plan.number))
+
+    # ---- reports -------------------------------------------------------------------------------------------------------
+
+    def _report(self, method: str, request: Any) -> None:
+        request.incarnation = self.incarnation
+        with self._changed:
+            if len(self._reports) >= REPORTS_MAX:
+                lost, _ = self._reports.popleft()
+                self._log.error("too many reports wait for the coordinator; the oldest is dropped", method=lost)
+            self._reports.append((method, request))
+            self._changed.notify_all()
+
+    def _run_reports(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._stopping.is_set() or bool(self._reports))
+                if self._stopping.is_set():
+                    return
+                method, request = self._reports[0]
+            if not self._deliver(method, request):
+                self._stopping.wait(RETRY_SECONDS)
+                continue
+            with self._changed:
+                if self._reports and self._reports[0][1] is request:
+                    self._reports.popleft()
+                self._changed.notify_all()
+
+    def _deliver(self, method: str, request: Any) -> bool:
+        """Whether the report is done with: taken, or refused for good."""
+        try:
+            getattr(self._talk_client, method)(request, timeout=rpc.CONTROL_DEADLINE_SECONDS)
+        except ValueError:
+            return False
+        except grpc.RpcError as error:
+            if error.code() not in _REFUSED:  # it is not there; or knows us not, and the next beat registers
+                return False
+            self._log.error("report refused", method=method, reason=error.details())
+        return True

@@ -1,0 +1,1 @@
+"""What a worker decides, without clock, socket, thread or tensor."""

@@ -1,0 +1,255 @@
+"""Parameters of a named version, from every shard that owns some of this stage's chunks.
+
+Asked for early, one call a shard, while the step that leads to the version still runs: what comes waits in the transport until
+`take` opens the parameters to it.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import grpc
+from torch import Tensor
+
+from shardlane import rpc, wire
+from shardlane.chunks import Assembly
+from shardlane.errors import MalformedError, RequestError
+from shardlane.ids import ChunkId, Incarnation, Version
+from shardlane.partition import Chunk, SiteChunk
+from shardlane.pb import ps_pb2
+from shardlane.plan import Plan
+from worker_service.attempt import Attempt
+from worker_service.staging import Staging
+
+SHARD = ps_pb2.DESCRIPTOR.services_by_name["ParameterShard"]
+CALL_SECONDS = 4 * rpc.WAIT_SECONDS  # a deadline that only a peer that is stuck reaches; the rest is asked for again
+RETRY_SECONDS = 0.1
+
+ClientOf = Callable[[Incarnation], Any]
+
+
+class Superseded(Exception):
+    """A shard is past the version that was asked for, at `now`."""
+
+    def __init__(self, now: Version) -> None:
+        super().__init__(f"superseded by version {now}")
+        self.now = now
+
+
+@dataclass(slots=True)
+class _Asked:
+    """One version that was asked for."""
+
+    version: Version
+    missing: dict[Incarnation, set[ChunkId]]
+    calls: dict[Incarnation, Any] = field(default_factory=dict)
+    open: bool = False  # whether values may reach the parameters
+    cancelled: bool = False
+    superseded: Version | None = None
+
+    @property
+    def settled(self) -> bool:
+        return self.superseded is not None or not any(self.missing.values())
+
+
+class Puller:
+    """Pulls a stage's chunks under one plan. A tied tensor with two sites in the stage is pulled once and kept twice."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        items: list[SiteChunk],
+        parameters: dict[str, Tensor],
+        staging: Staging,
+        client_of: ClientOf,
+        *,
+        offer: Callable[[Plan], None],
+        on_ended: Callable[[Incarnation], None],
+        on_bytes: Callable[[int], None],
+    ) -> None:
+        """`parameters`: flat, fp32, by name. `offer` gets plans that shards attach. `on_ended`: a shard ended a call without all."""
+        self._plan, self._parameters, self._staging, self._client_of = plan, parameters, staging, client_of
+        self._offer, self._on_ended, self._on_bytes = offer, on_ended, on_bytes
+        self._chunks: dict[ChunkId, Chunk] = {}
+        self._names: defaultdict[ChunkId, list[str]] = defaultdict(list)
+        for item in items:
+            self._chunks[item.chunk.id] = item.chunk
+            self._names[item.chunk.id].append(item.parameter)
+        self._changed = threading.Condition()
+        self._asked: _Asked | None = None
+
+    def ask(self, version: Version) -> None:
+        """Begins to pull `version`. Nothing reaches the parameters yet. Harmless when it was asked for already."""
+        with self._changed:
+            if self._asked is not None and self._asked.version == version and not self._asked.cancelled:
+                return
+        self.cancel()
+        groups = self._plan.by_primary(list(self._chunks))
+        asked = _Asked(version, {shard: set(chunks) for shard, chunks in groups.items()})
+        with self._changed:
+            self._asked = asked
+        for shard in groups:
+            threading.Thread(target=self._pull_from, args=(asked, shard), name=f"pull-{shard}", daemon=True).start()
+
+    def take(self, version: Version, attempt: Attempt) -> None:
+        """Lets `version` into the parameters and waits until all of it is there.
+
+        Raises `Superseded`, after which they hold parts of several versions; and `Abandoned`, likewise.
+        """
+        self.ask(version)
+        with self._changed:
+            asked = self._asked
+            assert asked is not None
+            asked.open = True
+            self._changed.notify_all()
+            attempt.wait(self._changed, lambda: asked.settled)
+            now = asked.superseded
+        if now is not None:
+            self.cancel()
+            raise Superseded(now)
+
+    def cancel(self) -> None:
+        """Ends every call. No thread of theirs touches the parameters once this has returned."""
+        with self._changed:
+            asked, self._asked = self._asked, None
+            if asked is None:
+                return
+            asked.cancelled = True
+            calls = list(asked.calls.values())
+            self._changed.notify_all()
+        for call in calls:
+            call.cancel()
+
+    def _pull_from(self, asked: _Asked, shard: Incarnation) -> None:
+        while True:
+            with self._changed:
+                if asked.cancelled or asked.settled or not asked.missing[shard]:
+                    return
+                chunks = sorted(asked.missing[shard])
+            reason_to_wait = self._call(asked, shard, chunks)
+            with self._changed:
+                if asked.cancelled or asked.settled or not asked.missing[shard]:
+                    return
+            self._on_ended(shard)
+            if reason_to_wait:
+                with self._changed:
+                    self._changed.wait_for(lambda: asked.cancelled or asked.superseded is not None, RETRY_SECONDS)
+
+    def _call(self, asked: _Asked, shard: Incarnation, chunks: list[ChunkId]) -> bool:
+        """One call. Whether to wait before the next one: this was refused or it failed, and did not just end early."""
+        request = ps_pb2.PullRequest(
+            run_id=self._plan.run_id, timeline=self._plan.timeline.id, version=asked.version, chunks=chunks
+        )
+        arriving = _Arriving(self, asked, shard)
+        try:
+            call = self._client_of(shard).Pull(request, timeout=CALL_SECONDS)
+            with self._changed:
+                if asked.cancelled:
+                    call.cancel()
+                    return False
+                asked.calls[shard] = call
+            for response in call:
+                with self._changed:
+                    self._changed.wait_for(lambda: asked.open or asked.cancelled)
+                    if asked.cancelled:
+                        call.cancel()
+                        return False
+                if arriving.take(response):
+                    call.cancel()
+                    return False
+            return arriving.refused
+        except RequestError:  # of ours: what the shard sent is wrong
+            call.cancel()
+            raise
+        except (grpc.RpcError, ValueError):
+            return True
+
+    # ---- for _Arriving -------------------------------------------------------------------------------------------------
+
+    def chunk(self, chunk: ChunkId) -> Chunk:
+        return self._chunks[chunk]
+
+    def offer(self, plan: Plan) -> None:
+        self._offer(plan)
+
+    def target(self, chunk: ChunkId) -> Tensor:
+        """Where pieces are put together: the parameter itself on a CPU, else pinned memory."""
+        if self._staging.device.type != "cpu":
+            return self._staging.pool.take(self._chunks[chunk].num_elements)
+        return self._slice(self._names[chunk][0], chunk)
+
+    def finish(self, asked: _Asked, shard: Incarnation, chunk: ChunkId, values: Tensor) -> None:
+        names = self._names[chunk]
+        with self._changed:
+            if asked.cancelled:
+                return
+            if self._staging.device.type != "cpu":
+                for name in names:
+                    self._slice(name, chunk).copy_(values)
+                self._staging.pool.give(values)
+            else:
+                for name in names[1:]:
+                    self._slice(name, chunk).copy_(values)
+            asked.missing[shard].discard(chunk)
+            self._changed.notify_all()
+        self._on_bytes(self._chunks[chunk].num_bytes)
+
+    def supersede(self, asked: _Asked, now: Version) -> None:
+        with self._changed:
+            asked.superseded = max(now, asked.superseded or now)
+            self._changed.notify_all()
+
+    def write(self, asked: _Asked, assembly: Assembly, piece: Any, payload: wire.Buffer) -> bool:
+        """Adds a piece, unless the pull is over: the parameters may be in use again."""
+        with self._changed:
+            return not asked.cancelled and assembly.add(piece, payload)
+
+    def _slice(self, name: str, chunk: ChunkId) -> Tensor:
+        where = self._chunks[chunk]
+        return self._parameters[name].narrow(0, where.offset, where.num_elements)
+
+
+class _Arriving:
+    """The answers of one call, in order."""
+
+    def __init__(self, puller: Puller, asked: _Asked, shard: Incarnation) -> None:
+        self._puller, self._asked, self._shard = puller, asked, shard
+        self._chunk: ChunkId | None = None
+        self._assembly: Assembly | None = None
+        self.refused = False
+
+    def take(self, response: wire.Framed[ps_pb2.PullResponse]) -> bool:
+        """Whether the version is superseded. Raises `MalformedError` for what was not asked for."""
+        header = response.header
+        chunk = ChunkId(header.chunk)
+        if header.HasField("plan"):
+            self._puller.offer(wire.plan_from_wire(header.plan))
+        if chunk not in self._asked.missing[self._shard]:
+            raise MalformedError(f"chunk {chunk} came from {self._shard}, of which it was not asked")
+        match header.outcome:
+            case ps_pb2.PULL_OUTCOME_DATA:
+                self._take_piece(chunk, response)
+            case ps_pb2.PULL_OUTCOME_SUPERSEDED:
+                self._puller.supersede(self._asked, Version(header.version))
+                return True
+            case ps_pb2.PULL_OUTCOME_NOT_OWNER | ps_pb2.PULL_OUTCOME_STALE:
+                self.refused = True
+            case _:
+                raise MalformedError(f"chunk {chunk}: pull outcome {header.outcome} is unknown")
+        return False
+
+    def _take_piece(self, chunk: ChunkId, response: wire.Framed[ps_pb2.PullResponse]) -> None:
+        piece, what = response.header.slice, f"chunk {chunk}"
+        where = self._puller.chunk(chunk)
+        wire.check_slice(piece, response.payload, total_bytes_max=where.num_bytes, what=what)
+        if response.header.version != self._asked.version:
+            raise MalformedError(f"{what}: version {response.header.version} came; {self._asked.version} was asked for")
+        if self._assembly is None or self._chunk != chunk:
+            self._chunk, self._assembly = chunk, Assembly(self._puller.target(chunk), what)
+        if self._puller.write(self._asked, self._assembly, piece, response.payload):
+            self._puller.finish(self._asked, self._shard, chunk, self._assembly.tensor)
+            self._assembly = None

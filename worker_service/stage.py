@@ -1,0 +1,108 @@
+"""The stage itself: forward and backward of one micro-batch at a time, and the sums of its gradients as they become complete."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from shardlane.config import Config
+from shardlane.ids import MicroBatch
+from shardlane.lane_compute import count_targets, micro_batches_of, run_stage, take_gradient
+from shardlane.lane_sums import LaneSums
+from shardlane.lanes import Block, lane
+from shardlane.model import Stage
+from shardlane.partition import StageLayers
+from shardlane.rates import tree_sum
+
+OnSum = Callable[[str, Block, Tensor], None]
+"""(parameter's name, block, the block's gradient sum): called in the midst of a backward pass."""
+
+
+@dataclass(slots=True)
+class _Passed:
+    """A micro-batch between its forward and its backward."""
+
+    x: Tensor
+    out: Tensor
+
+
+class StageCompute:
+    """A stage on `device`, built without weights: a pull fills `flat_parameters`. One thread computes with it."""
+
+    def __init__(self, config: Config, layers: StageLayers, device: torch.device, on_sum: OnSum) -> None:
+        self.layers = layers
+        self._config = config
+        self._device = device
+        self._on_sum = on_sum
+        self._per_lane = len(micro_batches_of(0, config.train))
+        self._module = Stage.empty(config.model, layers, device)
+        self._parameters = dict(self._module.named_parameters())
+        self.flat_parameters = {name: each.detach().view(-1) for name, each in self._parameters.items()}
+        self._sums = {name: LaneSums(config.train.lanes) for name in self._parameters}
+        self._num_accumulated = dict.fromkeys(self._parameters, 0)
+        self._lanes: list[tuple[int, Block]] = []  # in the order in which they run, each with its block
+        self._passed: dict[MicroBatch, _Passed] = {}
+        self._losses: dict[int, list[Tensor]] = {}  # by lane, in index order
+        for name, parameter in self._parameters.items():
+            parameter.register_post_accumulate_grad_hook(partial(self._accumulated, name))
+
+    def begin(self, blocks: Sequence[Block]) -> list[MicroBatch]:
+        """Forgets what was under way; the micro-batches of all lanes of `blocks`, in index order."""
+        for name, parameter in self._parameters.items():
+            parameter.grad = None
+            self._sums[name].clear()
+            self._num_accumulated[name] = 0
+        self._passed.clear()
+        self._losses.clear()
+        self._lanes = [(each, block) for block in blocks for each in block.lanes]
+        return [MicroBatch(m) for each, _ in self._lanes for m in micro_batches_of(each, self._config.train)]
+
+    def forward(self, micro_batch: MicroBatch, x: Tensor, targets: Tensor | None = None) -> Tensor:
+        """x: int64 [B, T] in a first stage, else fp32 [B, T, H], which becomes a leaf. Hidden states [B, T, H], or the loss."""
+        if not self.layers.is_first:
+            x = x.detach().requires_grad_()
+        out = run_stage(self._module, x, self._config.numerics.precision, targets)
+        self._passed[micro_batch] = _Passed(x, out)
+        if targets is not None:
+            self._losses.setdefault(micro_batch // self._per_lane, []).append(out.detach())
+        return out.detach()
+
+    def backward(self, micro_batch: MicroBatch, gradient: Tensor | None = None) -> Tensor | None:
+        """`gradient` of the hidden states that went out; None in a last stage. That of the ones that came in, if any."""
+        passed = self._passed.pop(micro_batch)
+        torch.autograd.backward(passed.out, gradient)
+        return None if self.layers.is_first else passed.x.grad
+
+    @torch.no_grad()
+    def validate(self, x: Tensor, targets: Tensor | None = None) -> tuple[Tensor, int]:
+        """Hidden states, or the loss; and the tokens that count in it."""
+        out = run_stage(self._module, x, self._config.numerics.precision, targets)
+        return out, 0 if targets is None else count_targets(targets)
+
+    def loss(self, block: Block) -> float:
+        """The block's sum of token losses: in index order within a lane, then along the tree. 0 in a stage without a head."""
+        if not self.layers.is_last:
+            return 0.0
+        lanes = []
+        for each in block.lanes:
+            total = 0.0
+            for loss in self._losses[each]:
+                total += loss.item()
+            lanes.append(total)
+        return tree_sum(lanes)
+
+    def _accumulated(self, name: str, parameter: nn.Parameter) -> None:
+        """autograd has added one more micro-batch to `parameter.grad`."""
+        self._num_accumulated[name] += 1
+        finished, rest = divmod(self._num_accumulated[name], self._per_lane)
+        if rest:
+            return
+        index, block = self._lanes[finished - 1]
+        sums = self._sums[name]
+        sums.add(lane(index), take_gradient(parameter))
+        if index == block.lanes[-1]:
+            self._on_sum(name, block, sums.take(block))
