@@ -9,14 +9,16 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from coordinator.core.events import RunState
-from coordinator.service import CoordinatorService
 from shardlane import config as configs
-from shardlane import logs, rpc
+from shardlane import logs
 from shardlane.errors import UserError
-from shardlane.metrics import Metrics
 from shardlane.process import Lifetime, run_main, write_ready_file
+
+if TYPE_CHECKING:
+    from coordinator.service import CoordinatorService
 
 LEAVE_SECONDS = 10.0  # that members have to hear that the run has ended
 _POLL_SECONDS = 0.2
@@ -53,6 +55,9 @@ def parser(environment: Mapping[str, str]) -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str], environment: Mapping[str, str]) -> int:
+    from coordinator.service import CoordinatorService  # brings gRPC, which looks at its variables as it is loaded
+    from shardlane.metrics import Metrics
+
     flags, overrides = parser(environment).parse_known_args(arguments)
     for name in ("config", "run_dir"):
         if not getattr(flags, name):
@@ -103,6 +108,8 @@ def serve(service: CoordinatorService, lifetime: Lifetime, *, stay: bool) -> int
 
 def advertised_metrics(bind: str, advertise: str, port: int) -> str:
     """`advertise` may name the port of the gRPC server: only its host holds for both."""
+    from shardlane import rpc
+
     host, _, suffix = advertise.rpartition(":")
     return rpc.advertised(bind, host if suffix.isdigit() else advertise, port)
 

@@ -121,6 +121,8 @@ def write_ready_file(path: Path, values: Mapping[str, Any]) -> None:
 
 def run_main(name: str, main: Callable[[], int]) -> int:
     """`main`'s exit status; an error of the person's is one line on stderr and status 2, a bug keeps its traceback."""
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # gRPC says what our errors say better; it looks when it is loaded
+    os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
     try:
         return main()
     except ShardlaneError as error:

@@ -16,6 +16,7 @@ from typing import Any
 import grpc
 from google.protobuf import message_factory
 from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
+from google.protobuf.message import DecodeError
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
@@ -153,8 +154,29 @@ def status_of(error: Exception) -> grpc.StatusCode | None:
     return next((status for kind, status in _STATUS if isinstance(error, kind)), None)
 
 
-def _guarded(behaviour: Callable[..., Any], streams: bool) -> Callable[..., Any]:
+def _tolerant(decode: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
+    """A deserializer that returns its error: gRPC never ends a stream whose deserializer has raised, and gives no reason."""
+
+    def tolerant(data: bytes) -> Any:
+        try:
+            return decode(data)
+        except MalformedError as error:
+            return error
+        except DecodeError as error:
+            return MalformedError(f"not a protobuf message: {error}")
+
+    return tolerant
+
+
+def _sound(message: Any) -> Any:
+    if isinstance(message, MalformedError):
+        raise message
+    return message
+
+
+def _guarded(behaviour: Callable[..., Any], kind: str) -> Callable[..., Any]:
     """Turns our errors into statuses; an unknown one stays gRPC's UNKNOWN with its traceback in the log."""
+    sound = _sound if kind.startswith("unary") else lambda pieces: map(_sound, pieces)
 
     def abort(error: Exception, context: grpc.ServicerContext) -> None:
         status = status_of(error)
@@ -163,17 +185,17 @@ def _guarded(behaviour: Callable[..., Any], streams: bool) -> Callable[..., Any]
 
     def unary(request: Any, context: grpc.ServicerContext) -> Any:
         try:
-            return behaviour(request, context)
+            return behaviour(sound(request), context)
         except (RequestError, UserError) as error:
             abort(error, context)
 
     def stream(request: Any, context: grpc.ServicerContext) -> Iterator[Any]:
         try:
-            yield from behaviour(request, context)
+            yield from behaviour(sound(request), context)
         except (RequestError, UserError) as error:
             abort(error, context)
 
-    return stream if streams else unary
+    return stream if kind.endswith("stream") else unary
 
 
 def handler(
@@ -189,13 +211,13 @@ def handler(
         _, decode = _serializers(method.input_type)
         encode, _ = _serializers(method.output_type)
         kind = _kind(method)
-        behaviour = _guarded(getattr(servicer, method.name), method.server_streaming)
+        behaviour = _guarded(getattr(servicer, method.name), kind)
         if observer is not None:
             behaviour = observer(kind, service.full_name, method.name, behaviour)
         if pools and method.name in pools:
             behaviour.experimental_thread_pool = pools[method.name]  # type: ignore[attr-defined]
         make = getattr(grpc, f"{kind}_rpc_method_handler")
-        methods[method.name] = make(behaviour, request_deserializer=decode, response_serializer=encode)
+        methods[method.name] = make(behaviour, request_deserializer=_tolerant(decode), response_serializer=encode)
     return grpc.method_handlers_generic_handler(service.full_name, methods)
 
 
@@ -227,4 +249,4 @@ class Server:
     def stop(self, grace_seconds: float = 1.0) -> None:
         """Refuses new calls, lets running ones end for `grace_seconds`, then cancels them."""
         self._health.enter_graceful_shutdown()
-        self._server.stop(grace_seconds).wait()
+        self._server.stop(grace_seconds).wait(grace_seconds + 5.0)

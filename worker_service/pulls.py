@@ -10,7 +10,7 @@ import threading
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import grpc
 from torch import Tensor
@@ -69,11 +69,13 @@ class Puller:
         *,
         offer: Callable[[Plan], None],
         on_ended: Callable[[Incarnation], None],
+        on_fault: Callable[[str], None],
         on_bytes: Callable[[int], None],
     ) -> None:
-        """`parameters`: flat, fp32, by name. `offer` gets plans that shards attach. `on_ended`: a shard ended a call without all."""
+        """`parameters`: flat, fp32, by name. `offer` gets plans that shards attach, `on_ended` hears of a shard that ended a call
+        without all that it was asked for, `on_fault` of one that sent something else."""
         self._plan, self._parameters, self._staging, self._client_of = plan, parameters, staging, client_of
-        self._offer, self._on_ended, self._on_bytes = offer, on_ended, on_bytes
+        self._offer, self._on_ended, self._on_fault, self._on_bytes = offer, on_ended, on_fault, on_bytes
         self._chunks: dict[ChunkId, Chunk] = {}
         self._names: defaultdict[ChunkId, list[str]] = defaultdict(list)
         for item in items:
@@ -125,22 +127,20 @@ class Puller:
             call.cancel()
 
     def _pull_from(self, asked: _Asked, shard: Incarnation) -> None:
-        while True:
-            with self._changed:
-                if asked.cancelled or asked.settled or not asked.missing[shard]:
-                    return
-                chunks = sorted(asked.missing[shard])
-            reason_to_wait = self._call(asked, shard, chunks)
-            with self._changed:
-                if asked.cancelled or asked.settled or not asked.missing[shard]:
-                    return
-            self._on_ended(shard)
-            if reason_to_wait:
+        while chunks := self._still_missing(asked, shard):
+            ended = self._call(asked, shard, chunks)
+            if ended != "refused" and self._still_missing(asked, shard):
+                self._on_ended(shard)
+            if ended != "early":
                 with self._changed:
                     self._changed.wait_for(lambda: asked.cancelled or asked.superseded is not None, RETRY_SECONDS)
 
-    def _call(self, asked: _Asked, shard: Incarnation, chunks: list[ChunkId]) -> bool:
-        """One call. Whether to wait before the next one: this was refused or it failed, and did not just end early."""
+    def _still_missing(self, asked: _Asked, shard: Incarnation) -> list[ChunkId]:
+        with self._changed:
+            return [] if asked.cancelled or asked.superseded is not None else sorted(asked.missing[shard])
+
+    def _call(self, asked: _Asked, shard: Incarnation, chunks: list[ChunkId]) -> Literal["early", "refused", "failed"]:
+        """One call for `chunks`; how it ended, should some of them still be missing."""
         request = ps_pb2.PullRequest(
             run_id=self._plan.run_id, timeline=self._plan.timeline.id, version=asked.version, chunks=chunks
         )
@@ -148,25 +148,20 @@ class Puller:
         try:
             call = self._client_of(shard).Pull(request, timeout=CALL_SECONDS)
             with self._changed:
-                if asked.cancelled:
-                    call.cancel()
-                    return False
                 asked.calls[shard] = call
             for response in call:
                 with self._changed:
                     self._changed.wait_for(lambda: asked.open or asked.cancelled)
-                    if asked.cancelled:
-                        call.cancel()
-                        return False
-                if arriving.take(response):
-                    call.cancel()
-                    return False
-            return arriving.refused
-        except RequestError:  # of ours: what the shard sent is wrong
+                if asked.cancelled or arriving.take(response):
+                    break
+            call.cancel()  # harmless at its end
+            return "refused" if arriving.refused else "early"
+        except RequestError as fault:
             call.cancel()
-            raise
-        except (grpc.RpcError, ValueError):
-            return True
+            self._on_fault(f"{shard}: {fault}")
+            return "refused"
+        except (grpc.RpcError, ValueError):  # ValueError: the channel was closed
+            return "failed"
 
     # ---- for _Arriving -------------------------------------------------------------------------------------------------
 

@@ -37,7 +37,7 @@ class StageCompute:
         self.layers = layers
         self._config = config
         self._device = device
-        self._on_sum = on_sum
+        self.on_sum = on_sum
         self._per_lane = len(micro_batches_of(0, config.train))
         self._module = Stage.empty(config.model, layers, device)
         self._parameters = dict(self._module.named_parameters())
@@ -105,4 +105,4 @@ class StageCompute:
         sums = self._sums[name]
         sums.add(lane(index), take_gradient(parameter))
         if index == block.lanes[-1]:
-            self._on_sum(name, block, sums.take(block))
+            self.on_sum(name, block, sums.take(block))

@@ -191,7 +191,7 @@ def test_garbage_is_refused(served: Served) -> None:
     for garbage in (b"\xff" * 40, b"\x7a\xff\xff\x7f", b"\x0b"):
         with pytest.raises(grpc.RpcError) as refused:
             call(iter([garbage]), timeout=20)
-        assert refused.value.code() == grpc.StatusCode.INTERNAL
+        assert refused.value.code() == grpc.StatusCode.INVALID_ARGUMENT
     assert served.stub.Push(everything(1.0), timeout=20).num_counted == len(LAYOUT.chunks)
 
 

@@ -1,4 +1,7 @@
-"""Pipeline schedules as lists of actions, one list a stage (GPipe: Huang et al. 2019; 1F1B: Narayanan et al. 2019, PipeDream-Flush).
+"""Pipeline schedules as lists of actions, one list a stage.
+
+GPipe: Huang et al. 2019, arXiv:1811.06965. 1F1B: PipeDream-Flush, Narayanan et al. 2021, arXiv:2006.09503. Both idle for P - 1
+forward and backward times of M + P - 1.
 
 Backward passes come in index order in every schedule, so a lane's micro-batches add up in the same order whatever the schedule.
 """

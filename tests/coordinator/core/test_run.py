@@ -356,9 +356,9 @@ def test_a_random_life_keeps_its_promises(seed: int) -> None:
     run = fresh_run(small_config(cluster__replicas=2, cluster__shards=2, train__max_steps=5000, validation__num_micro_batches=0))
     now, plans, rows, number, dead = 0.0, [PlanNumber(0, 0)], [], 0, set()
     num_rewinds = 0
-    for _ in range(400):
+    for _ in range(600):
         now += rng.random() * 0.3
-        if run.members.states and rng.random() < 0.05:
+        if run.members.states and rng.random() < 0.1:
             dead.add(rng.choice(run.members.states).registration.incarnation)
         effects = run.on_tick(now)
         for state in run.members.states:

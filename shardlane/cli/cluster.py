@@ -1,0 +1,176 @@
+"""A whole cluster on this machine: its processes, and one watch over them until the run ends."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from shardlane.cli.client import CoordinatorClient
+from shardlane.cli.live import View
+from shardlane.cli.rows import RowsTail
+from shardlane.cli.run_folder import RunFolder
+from shardlane.cli.supervisor import Child, Interrupts, Supervisor, child_environment
+from shardlane.config import Config
+from shardlane.errors import UserError
+from shardlane.pb.coordinator_pb2 import ControlAction, GetStatusResponse, RunState
+from shardlane.process import EXIT_USER_ERROR
+
+START_SECONDS = 60.0  # for the coordinator to serve
+LEAVE_SECONDS = 20.0  # for members, once the coordinator has ended
+CAUSE_SECONDS = 1.0  # after a failure, for the coordinator to say what it makes of it
+LAST_LINES = 20
+EXIT_INTERRUPTED = 130
+_POLL_SECONDS = 0.1
+_STATUS_SECONDS = 0.5
+
+Command = list[str]
+
+
+@dataclass(frozen=True)
+class Commands:
+    """`members` gives commands by name, once the coordinator's address is known."""
+
+    coordinator: Command
+    members: Callable[[str], Mapping[str, Command]]
+
+
+def service_commands(config: Config, folder: RunFolder, config_file: Path, *, fork: bool) -> Commands:
+    cluster = config.cluster
+
+    def service(name: str, *flags: str) -> Command:
+        return [sys.executable, "-m", name, *flags]
+
+    def members(coordinator: str) -> dict[str, Command]:
+        shards = {f"shard-{index}": "ps_service" for index in range(cluster.shards)}
+        workers = {f"worker-{index}": "worker_service" for index in range(cluster.stages * cluster.replicas)}
+        return {name: service(module, "--coordinator", coordinator) for name, module in (shards | workers).items()}
+
+    where = ("--config", str(config_file), "--run-dir", str(folder.path), "--ready-file", str(folder.coordinator_file))
+    return Commands(service("coordinator", *where, *(["--fork-run"] if fork else [])), members)
+
+
+class Cluster:
+    """One life of a run's processes. `run` may be called once."""
+
+    def __init__(self, config: Config, folder: RunFolder, view: View, commands: Commands) -> None:
+        self.status: GetStatusResponse | None = None  # the newest that was heard
+        self._folder = folder
+        self._view = view
+        self._commands = commands
+        self._supervisor = Supervisor(folder.logs, child_environment(os.environ, config.numerics.threads))
+        self._is_stopping = False
+        self._next_status_seconds = 0.0
+
+    def run(self, on_accepted: Callable[[], object] = lambda: None) -> int:
+        """Trains to the end; the exit status. `on_accepted` is called once the coordinator has taken the run up.
+
+        Raises `UserError` if it does not.
+        """
+        try:
+            with self._supervisor, Interrupts() as interrupts:
+                address = self._start_coordinator()
+                on_accepted()
+                rows = RowsTail(self._folder.metrics_file)
+                for name, command in self._commands.members(address).items():
+                    self._supervisor.start(name, command)
+                with CoordinatorClient(address) as client:
+                    return self._watch(client, rows, interrupts)
+        except KeyboardInterrupt:
+            self._view.note("stopped at once; the newest checkpoint is where the next run goes on from")
+            return EXIT_INTERRUPTED
+        finally:
+            self._folder.coordinator_file.unlink(missing_ok=True)
+
+    def _start_coordinator(self) -> str:
+        """Its address. Raises `UserError`, in the coordinator's own words if it has said why."""
+        ready = self._folder.coordinator_file
+        ready.unlink(missing_ok=True)
+        child = self._supervisor.start("coordinator", self._commands.coordinator)
+        if self._supervisor.wait_for_file(child, ready, START_SECONDS) and (address := self._folder.coordinator_address()):
+            return address
+        lines = child.last_lines(LAST_LINES)
+        if child.status == EXIT_USER_ERROR and lines:
+            raise UserError(lines[-1].removeprefix("coordinator: "))
+        if child.status is None:
+            raise UserError(f"the coordinator does not serve after {START_SECONDS:g} s; see {child.log}")
+        self._print_last_lines(child)
+        raise UserError(f"the coordinator {child.how_it_ended}; see {child.log}")
+
+    def _watch(self, client: CoordinatorClient, rows: RowsTail, interrupts: Interrupts) -> int:
+        coordinator, *_ = self._supervisor.children
+        members_end_seconds: float | None = None
+        while self._supervisor.running:
+            self._look(client, rows, is_serving=coordinator.status is None)
+            if self._supervisor.failed and not self._has_finished:
+                return self._fail(client, rows)
+            if interrupts.requested.is_set() and not self._is_stopping:
+                self._is_stopping = True
+                if not self._ask_to_stop(client):
+                    self._supervisor.stop(grace_seconds=10.0)
+                    return EXIT_INTERRUPTED
+            if coordinator.status is not None:
+                members_end_seconds = members_end_seconds or time.monotonic() + LEAVE_SECONDS
+                if time.monotonic() > members_end_seconds:
+                    self._supervisor.stop(grace_seconds=10.0)
+            time.sleep(_POLL_SECONDS)
+        self._view.show_rows(rows.read())
+        if self._supervisor.failed and not self._has_finished:
+            return self._fail(client, rows)
+        for child in self._supervisor.failed:
+            self._view.note(f"{child.name} {child.how_it_ended} after the run had finished; see {child.log}")
+        return 0
+
+    @property
+    def _has_finished(self) -> bool:
+        return self.status is not None and self.status.state == RunState.RUN_STATE_FINISHED
+
+    def _look(self, client: CoordinatorClient, rows: RowsTail, *, is_serving: bool) -> None:
+        self._view.show_rows(rows.read())
+        if not is_serving or time.monotonic() < self._next_status_seconds:
+            return
+        try:
+            self.status = client.status(timeout_seconds=1.0)
+            self._view.show_status(self.status)
+        except UserError:  # it is busy, or has just ended: its exit status will tell
+            pass
+        is_near_the_end = self.status is not None and self.status.state >= RunState.RUN_STATE_FINISHING
+        self._next_status_seconds = time.monotonic() + (_POLL_SECONDS if is_near_the_end else _STATUS_SECONDS)
+
+    def _ask_to_stop(self, client: CoordinatorClient) -> bool:
+        """Whether the run will end by itself, with a checkpoint."""
+        if self.status is None or self.status.state == RunState.RUN_STATE_GATHERING:
+            self._view.note("stopping; no step has been trained yet")
+            return False
+        try:
+            client.control(ControlAction.CONTROL_ACTION_STOP)
+        except UserError as error:
+            self._view.note(f"stopping without a checkpoint: {error}")
+            return False
+        self._view.note("stopping after this step, with a checkpoint; once more (Ctrl-C) to stop at once")
+        return True
+
+    def _fail(self, client: CoordinatorClient, rows: RowsTail) -> int:
+        """Says who failed first and why; the others are stopped."""
+        culprit = self._supervisor.failed[0]
+        coordinator = self._supervisor.children[0]
+        coordinator.wait(CAUSE_SECONDS)
+        self._next_status_seconds = 0.0
+        self._look(client, rows, is_serving=coordinator.status is None)
+        self._supervisor.stop(grace_seconds=10.0)
+        self._view.__exit__(None, None, None)
+        if culprit is not coordinator and coordinator.status == EXIT_USER_ERROR:
+            self._print_last_lines(coordinator, most=1)
+        self._print_last_lines(culprit)
+        reason = f": {self.status.reason}" if self.status is not None and self.status.reason else ""
+        print(f"shardlane: {culprit.name} {culprit.how_it_ended}{reason}; see {culprit.log}", file=sys.stderr, flush=True)
+        return 1
+
+    def _print_last_lines(self, child: Child, most: int = LAST_LINES) -> None:
+        print(f"--- last lines of {child.log}", file=sys.stderr)
+        for line in child.last_lines(most):
+            print(f"    {line}", file=sys.stderr)
+        sys.stderr.flush()

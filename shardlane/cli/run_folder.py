@@ -1,0 +1,101 @@
+"""A run's folder: what lies where, and who may write there."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from shardlane import config as configs
+from shardlane.config import Config
+from shardlane.errors import CheckpointError, UserError
+from shardlane.ids import Version
+from shardlane.manifest import checkpoint_folder, list_complete, newest_complete, read_complete
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    path: Path
+
+    @property
+    def config_file(self) -> Path:
+        return self.path / "config.resolved.toml"
+
+    @property
+    def metrics_file(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def coordinator_file(self) -> Path:
+        """Where its coordinator serves, while it does."""
+        return self.path / "coordinator.json"
+
+    @property
+    def logs(self) -> Path:
+        return self.path / "logs"
+
+    def config(self) -> Config:
+        """Raises `UserError` if this is no run's folder."""
+        if not self.config_file.is_file():
+            raise UserError(f"{self.path} is no run's folder: it has no {self.config_file.name}; name the --run-dir of a run")
+        return configs.load(self.config_file)
+
+    def write_config(self, config: Config, file: Path | None = None) -> Path:
+        """Atomically, to `config.resolved.toml` unless `file` is given. Raises `UserError`."""
+        file = file or self.config_file
+        temporary = file.with_name(f".{file.name}.{os.getpid()}")
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            temporary.write_text(configs.to_toml(config), encoding="utf-8")
+            temporary.replace(file)
+        except OSError as error:
+            raise UserError(f"cannot write {file}: {error.strerror}; free the disk, or give another --run-dir") from error
+        return file
+
+    def checkpoints(self, config: Config) -> Path:
+        return Path(config.checkpoint.path).expanduser() if config.checkpoint.path else self.path / "checkpoints"
+
+    def newest_version(self, config: Config) -> Version | None:
+        """Of the newest complete checkpoint."""
+        folder = newest_complete(self.checkpoints(config))
+        return None if folder is None else read_complete(folder).version
+
+    def checkpoint(self, config: Config, step: int | None = None) -> tuple[Version, Path]:
+        """That of `step`, or the newest. Raises `CheckpointError`, which names those that there are."""
+        root = self.checkpoints(config)
+        if step is not None and (folder := checkpoint_folder(root, Version(step))).is_dir():
+            return read_complete(folder).version, folder  # broken ones say what is wrong with them
+        complete = list_complete(root)
+        if step is None and complete:
+            return complete[-1]
+        wanted = "no complete checkpoint" if step is None else f"no checkpoint of step {step}"
+        there = f"there are {', '.join(str(version) for version, _ in complete)}" if complete else "train it first"
+        raise CheckpointError(f"{root} holds {wanted}; {there}")
+
+    def coordinator_address(self) -> str | None:
+        """None if no coordinator serves this run, as far as the folder knows."""
+        try:
+            return str(json.loads(self.coordinator_file.read_bytes())["address"])
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{self.coordinator_file} is not what a coordinator writes; remove it, or name host:port") from error
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """For as long as one process trains here; the system lets go when that process dies. Raises `UserError`."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            file = (self.path / ".lock").open("wb")
+        except OSError as error:
+            raise UserError(f"cannot write into {self.path}: {error.strerror}; give another --run-dir") from error
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise UserError(f"another shardlane trains in {self.path}; wait for it, or give another --run-dir") from error
+            yield

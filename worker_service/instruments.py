@@ -1,0 +1,57 @@
+"""What a worker shows on `/metrics`."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+from shardlane.metrics import Metrics
+
+Phase = Literal["compute", "bubble", "pull_wait", "push_wait"]
+PHASES: tuple[Phase, ...] = ("compute", "bubble", "pull_wait", "push_wait")
+
+
+class WorkerInstruments:
+    """Where a step's time goes, by phase: waiting for a neighbour is `bubble`, for a version `pull_wait`, for room in the push
+    queue `push_wait`, and the rest of a run is `compute`."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._gauge = metrics.gauge
+        self.step_seconds = metrics.histogram("shardlane_worker_step_seconds", "From one version to the next.")
+        phases = metrics.counter("shardlane_worker_phase_seconds_total", "Where the time of steps goes.", ("phase",))
+        self._phases = {phase: phases.labels(phase) for phase in PHASES}
+        self._waited_seconds = threading.local()
+        self.pushed_bytes = metrics.counter("shardlane_worker_pushed_bytes_total", "Gradient bytes sent to shards.")
+        self.pulled_bytes = metrics.counter("shardlane_worker_pulled_bytes_total", "Parameter bytes received from shards.")
+        self.tokens = metrics.counter("shardlane_worker_tokens_total", "Tokens whose gradients this stage computed.")
+        self.loss = metrics.gauge("shardlane_worker_loss", "Mean loss of this replica's lanes in the last step, in nats.")
+        self.version = metrics.gauge("shardlane_worker_version", "The version that this stage works from.")
+        self.broken_streams = metrics.counter("shardlane_worker_broken_streams_total", "Streams to neighbours that broke.")
+
+    def watch(self, inbox_bytes: Callable[[], float], push_queue_bytes: Callable[[], float]) -> None:
+        gauge = self._gauge
+        gauge("shardlane_worker_inbox_bytes", "Received from neighbours and not used yet.").set_function(inbox_bytes)
+        gauge("shardlane_worker_push_queue_bytes", "Gradients not sent yet.").set_function(push_queue_bytes)
+
+    @contextmanager
+    def waiting(self, phase: Phase) -> Iterator[None]:
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            seconds = time.perf_counter() - began
+            self._phases[phase].inc(seconds)
+            self._waited_seconds.total = getattr(self._waited_seconds, "total", 0.0) + seconds
+
+    @contextmanager
+    def computing(self) -> Iterator[None]:
+        """Counts what passes inside, less the waits on this thread."""
+        began, waited = time.perf_counter(), getattr(self._waited_seconds, "total", 0.0)
+        try:
+            yield
+        finally:
+            waited = getattr(self._waited_seconds, "total", 0.0) - waited
+            self._phases["compute"].inc(max(0.0, time.perf_counter() - began - waited))

@@ -1,0 +1,272 @@
+"""A worker's seat under one plan: its stage, with links to its neighbours, pulls and pushes; gone with the plan."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shardlane import rpc
+from shardlane.config import Config
+from shardlane.data import TokenFolder
+from shardlane.errors import UserError
+from shardlane.ids import Incarnation, Lane, MicroBatch, RunId, Version
+from shardlane.lane_compute import held_out_windows, inputs_of, micro_batches_of, targets_of, training_windows
+from shardlane.lanes import Block
+from shardlane.partition import Layout, SiteChunk
+from shardlane.plan import Plan
+from worker_service import inbox as inboxes
+from worker_service.attempt import Attempt
+from worker_service.core.events import Key, Refusal
+from worker_service.core.schedule import Backward, Forward, schedule
+from worker_service.inbox import ACTIVATION, GRADIENT, VALIDATION, Inbox
+from worker_service.instruments import WorkerInstruments
+from worker_service.links import Link, Route
+from worker_service.pulls import SHARD, Puller
+from worker_service.pushes import Contribution, Pusher
+from worker_service.stage import StageCompute
+from worker_service.staging import Staging
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What stays the same whatever the plan."""
+
+    me: Incarnation
+    run_id: RunId
+    config: Config
+    layout: Layout
+    staging: Staging
+    inbox: Inbox
+    instruments: WorkerInstruments
+    tokens: Callable[[], TokenFolder]  # opened by the first and the last stage only
+    report_validation: Callable[[Version, int, float, int], None]
+    offer: Callable[[Plan], None]
+    on_answers: Callable[[Version, tuple[Refusal, ...]], None]
+    on_pull_ended: Callable[[Incarnation], None]
+    on_broken: Callable[[Incarnation, str], None]
+    on_fault: Callable[[str], None]
+
+
+class Seat:
+    """One thread computes with it; `close` may be called by another once that thread has abandoned its work."""
+
+    def __init__(self, around: Surroundings, plan: Plan, replica: int, stage: int, compute: StageCompute | None = None) -> None:
+        """`compute`: of the seat before, used again if the stage has the same layers."""
+        self.plan = plan
+        self._around = around
+        self._chain = plan.replicas[replica].workers
+        self._stage = stage
+        layers, config = plan.stages[stage], around.config
+        items = around.layout.stage_chunks(layers)
+        self._items: defaultdict[str, list[SiteChunk]] = defaultdict(list)
+        for item in items:
+            self._items[item.parameter].append(item)
+        if compute is None or compute.layers != layers:
+            compute = StageCompute(config, layers, around.staging.device, self._push)
+        compute.on_sum = self._push
+        self.compute = compute
+        self._tokens = around.tokens() if layers.is_first or layers.is_last else None
+        self._attempt = Attempt()
+        self._channels = {shard: rpc.connect(plan.addresses[shard]) for shard in plan.shards}
+        self._clients = {shard: rpc.Client(channel, SHARD) for shard, channel in self._channels.items()}
+        self._puller = self._make_puller(items)
+        self._pusher = self._make_pusher()
+        shape = (config.train.micro_batch_size, config.train.seq_len, config.model.hidden_size)
+        self._above, self._below = self._link(stage - 1, shape), self._link(stage + 1, shape)
+        counts = (config.train.num_micro_batches, config.validation.num_micro_batches)
+        above, below = (self._worker(each) for each in (stage - 1, stage + 1))
+        around.inbox.open(plan.number, inboxes.Seat(plan.number, above, below, shape, *counts))
+
+    def _make_puller(self, items: list[SiteChunk]) -> Puller:
+        around = self._around
+        return Puller(
+            self.plan,
+            items,
+            self.compute.flat_parameters,
+            around.staging,
+            self._client_of,
+            offer=around.offer,
+            on_ended=around.on_pull_ended,
+            on_fault=around.on_fault,
+            on_bytes=around.instruments.pulled_bytes.inc,
+        )
+
+    def _make_pusher(self) -> Pusher:
+        around = self._around
+        return Pusher(
+            self.plan,
+            around.staging,
+            self._client_of,
+            num_lanes=around.config.train.lanes,
+            budget_bytes=around.config.transport.push_queue_bytes,
+            offer=around.offer,
+            on_answers=around.on_answers,
+            on_fault=around.on_fault,
+            on_bytes=around.instruments.pushed_bytes.inc,
+        )
+
+    def _client_of(self, shard: Incarnation) -> Any:
+        return self._clients[shard]
+
+    def _worker(self, stage: int) -> Incarnation | None:
+        return self._chain[stage] if 0 <= stage < len(self._chain) else None
+
+    def _link(self, stage: int, shape: tuple[int, int, int]) -> Link | None:
+        worker, around = self._worker(stage), self._around
+        if worker is None:
+            return None
+        route = Route(around.run_id, around.me, worker, self.plan.addresses[worker], self.plan.number, shape)
+        return Link(route, around.staging, around.on_broken)
+
+    @property
+    def push_queue_bytes(self) -> int:
+        return self._pusher.num_bytes
+
+    def close(self) -> None:
+        self._puller.cancel()
+        self._pusher.close()
+        for link in (self._above, self._below):
+            if link is not None:
+                link.close()
+        for channel in self._channels.values():
+            channel.close()
+
+    # ---- versions ------------------------------------------------------------------------------------------------------
+
+    def ask(self, version: Version) -> None:
+        self._puller.ask(version)
+
+    def pull(self, version: Version, attempt: Attempt) -> None:
+        """Raises `Superseded`, `Abandoned`."""
+        with self._around.instruments.waiting("pull_wait"):
+            self._puller.take(version, attempt)
+        self._pusher.begin(version)
+        self._around.inbox.begin(version)
+        for link in (self._above, self._below):
+            if link is not None:
+                link.begin(version)
+
+    # ---- computing -----------------------------------------------------------------------------------------------------
+
+    def run(self, version: Version, blocks: Sequence[Block], attempt: Attempt) -> float | None:
+        """Computes and pushes the lanes of `blocks`. In a last stage the mean loss a token. Raises `Abandoned`."""
+        self._attempt, config = attempt, self._around.config
+        with self._around.instruments.computing():
+            micro_batches = self.compute.begin(blocks)
+            received: dict[MicroBatch, Tensor] = {}
+            for action in schedule(config.pipeline.schedule, self._stage, len(self._chain), micro_batches):
+                attempt.check()
+                match action:
+                    case Forward(micro_batch):
+                        self._forward(version, micro_batch, received)
+                    case Backward(micro_batch):
+                        self._backward(version, micro_batch, received)
+            num_tokens = sum(self._tokens_of(block) for block in blocks)
+            self._around.instruments.tokens.inc(num_tokens)
+            if not self.compute.layers.is_last:
+                return None
+            return sum(self.compute.loss(block) for block in blocks) / num_tokens
+
+    def _forward(self, version: Version, micro_batch: MicroBatch, received: dict[MicroBatch, Tensor]) -> None:
+        config, device = self._around.config, self._around.staging.device
+        windows = None
+        if self._tokens is not None:
+            windows = training_windows(self._tokens.train, config, step=version, micro_batch=micro_batch)
+        targets = targets_of(windows, device) if windows is not None and self.compute.layers.is_last else None
+        if self.compute.layers.is_first:
+            assert windows is not None
+            x = inputs_of(windows, device)
+        else:
+            item = received[micro_batch] = self._take(ACTIVATION, version, micro_batch)
+            x = self._around.staging.to_device(item)
+        out = self.compute.forward(micro_batch, x, targets)
+        if self._below is not None:
+            self._below.send(ACTIVATION, version, micro_batch, self._around.staging.to_host(out))
+
+    def _backward(self, version: Version, micro_batch: MicroBatch, received: dict[MicroBatch, Tensor]) -> None:
+        staging, inbox = self._around.staging, self._around.inbox
+        if self._below is not None:
+            item = self._take(GRADIENT, version, micro_batch)
+            x_gradient = self.compute.backward(micro_batch, staging.to_device(item))
+            inbox.give(item)
+        else:
+            x_gradient = self.compute.backward(micro_batch)
+        if self._above is not None:
+            assert x_gradient is not None
+            inbox.give(received.pop(micro_batch))
+            self._above.send(GRADIENT, version, micro_batch, staging.to_host(x_gradient))
+
+    def _take(self, kind: int, version: Version, index: int) -> Tensor:
+        with self._around.instruments.waiting("bubble"):
+            return self._around.inbox.take(kind, version, index, self._attempt)
+
+    def validate(self, version: Version, indices: Sequence[int], attempt: Attempt) -> None:
+        """Forwards only; the last stage reports each loss. Raises `Abandoned`."""
+        self._attempt, around, layers = attempt, self._around, self.compute.layers
+        for index in indices:
+            attempt.check()
+            windows = held_out_windows(self._tokens.held_out, around.config, index=index) if self._tokens else None
+            targets = targets_of(windows, around.staging.device) if windows is not None and layers.is_last else None
+            item = None if layers.is_first else self._take(VALIDATION, version, index)
+            x = inputs_of(windows, around.staging.device) if windows is not None and item is None else None
+            if item is not None:
+                x = around.staging.to_device(item)
+            assert x is not None
+            out, num_tokens = self.compute.validate(x, targets)
+            if self._below is not None:
+                self._below.send(VALIDATION, version, index, around.staging.to_host(out))
+            else:
+                around.report_validation(version, index, out.item(), num_tokens)
+            if item is not None:
+                around.inbox.give(item)
+
+    # ---- gradients -----------------------------------------------------------------------------------------------------
+
+    def _tokens_of(self, block: Block) -> int:
+        """Targets that the block's losses are summed over: every one counts, none is masked."""
+        train = self._around.config.train
+        return sum(len(micro_batches_of(each, train)) for each in block.lanes) * train.micro_batch_size * train.seq_len
+
+    def _push(self, parameter: str, block: Block, total: Tensor) -> None:
+        """A block's sum of one parameter is complete, in the midst of the backward pass."""
+        host = self._around.staging.to_host(total)
+        tokens = self._tokens_of(block)
+        for item in self._items[parameter]:
+            chunk = item.chunk
+            loss = self.compute.loss(block) if chunk.id == self._around.layout.loss_chunk else 0.0
+            contribution = Contribution(Key(chunk.id, item.site, block), tokens, loss, host, chunk.offset, chunk.num_elements)
+            with self._around.instruments.waiting("push_wait"):
+                self._pusher.put(contribution, self._attempt)
+
+    def push_again(self, keys: tuple[Key, ...]) -> None:
+        self._pusher.again(keys)
+
+    def push_all_again(self, shard: Incarnation) -> None:
+        self._pusher.all_again(shard)
+
+    # ---- lanes that run again ------------------------------------------------------------------------------------------
+
+    def ask_above(self, version: Version, lane: Lane) -> None:
+        if self._above is not None:
+            self._above.send(GRADIENT, version, micro_batches_of(lane, self._around.config.train)[0])
+
+    def tell_below(self, version: Version, lane: Lane) -> None:
+        if self._below is not None:
+            self._below.send(ACTIVATION, version, micro_batches_of(lane, self._around.config.train)[0])
+
+    def reopen(self, version: Version, lane: Lane) -> None:
+        self._around.inbox.run_again(version, micro_batches_of(lane, self._around.config.train))
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` is CUDA where there is one. Raises `UserError`."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("there is no CUDA device for --device cuda; give --device cpu or auto")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name, torch.cuda.current_device()) if name == "cuda" else torch.device(name)
