@@ -58,6 +58,7 @@ class Cluster:
 
     def __init__(self, config: Config, folder: RunFolder, view: View, commands: Commands) -> None:
         self.status: GetStatusResponse | None = None  # the newest that was heard
+        self.complaint: list[str] = []  # lines for stderr, once the view is closed
         self._folder = folder
         self._view = view
         self._commands = commands
@@ -97,7 +98,7 @@ class Cluster:
             raise UserError(lines[-1].removeprefix("coordinator: "))
         if child.status is None:
             raise UserError(f"the coordinator does not serve after {START_SECONDS:g} s; see {child.log}")
-        self._print_last_lines(child)
+        self.complaint += last_lines(child)
         raise UserError(f"the coordinator {child.how_it_ended}; see {child.log}")
 
     def _watch(self, client: CoordinatorClient, rows: RowsTail, interrupts: Interrupts) -> int:
@@ -126,7 +127,9 @@ class Cluster:
 
     @property
     def _has_finished(self) -> bool:
-        return self.status is not None and self.status.state == RunState.RUN_STATE_FINISHED
+        """It may end before we see it finished; the coordinator's status says as much."""
+        is_seen = self.status is not None and self.status.state == RunState.RUN_STATE_FINISHED
+        return is_seen or self._supervisor.children[0].status == 0
 
     def _look(self, client: CoordinatorClient, rows: RowsTail, *, is_serving: bool) -> None:
         self._view.show_rows(rows.read())
@@ -154,23 +157,20 @@ class Cluster:
         return True
 
     def _fail(self, client: CoordinatorClient, rows: RowsTail) -> int:
-        """Says who failed first and why; the others are stopped."""
+        """Notes who failed first and why; the others are stopped."""
         culprit = self._supervisor.failed[0]
         coordinator = self._supervisor.children[0]
         coordinator.wait(CAUSE_SECONDS)
         self._next_status_seconds = 0.0
         self._look(client, rows, is_serving=coordinator.status is None)
         self._supervisor.stop(grace_seconds=10.0)
-        self._view.__exit__(None, None, None)
         if culprit is not coordinator and coordinator.status == EXIT_USER_ERROR:
-            self._print_last_lines(coordinator, most=1)
-        self._print_last_lines(culprit)
+            self.complaint += last_lines(coordinator, most=1)
         reason = f": {self.status.reason}" if self.status is not None and self.status.reason else ""
-        print(f"shardlane: {culprit.name} {culprit.how_it_ended}{reason}; see {culprit.log}", file=sys.stderr, flush=True)
+        self.complaint += [*last_lines(culprit), f"shardlane: {culprit.name} {culprit.how_it_ended}{reason}; see {culprit.log}"]
         return 1
 
-    def _print_last_lines(self, child: Child, most: int = LAST_LINES) -> None:
-        print(f"--- last lines of {child.log}", file=sys.stderr)
-        for line in child.last_lines(most):
-            print(f"    {line}", file=sys.stderr)
-        sys.stderr.flush()
+
+def last_lines(child: Child, most: int = LAST_LINES) -> list[str]:
+    """For people, with a headline."""
+    return [f"--- last lines of {child.log}", *(f"    {line}" for line in child.last_lines(most))]

@@ -15,6 +15,9 @@ from typing import Literal
 from shardlane.ids import MicroBatch
 
 
+ScheduleName = Literal["1f1b", "gpipe"]
+
+
 @dataclass(frozen=True, slots=True)
 class Forward:
     micro_batch: MicroBatch
@@ -28,7 +31,7 @@ class Backward:
 Action = Forward | Backward
 
 
-def schedule(name: Literal["1f1b", "gpipe"], stage: int, num_stages: int, micro_batches: Sequence[MicroBatch]) -> list[Action]:
+def schedule(name: ScheduleName, stage: int, num_stages: int, micro_batches: Sequence[MicroBatch]) -> list[Action]:
     """The actions of `stage` for the micro-batches of a step, in their order.
 
     1F1B keeps at most `num_stages - stage` micro-batches in flight; GPipe all of them.

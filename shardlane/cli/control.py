@@ -1,0 +1,34 @@
+"""`shardlane pause | resume | checkpoint | stop`: what a running run is to do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import typer
+
+from shardlane.cli.arguments import RunTarget
+
+ACTIONS = {
+    "pause": "Hold the run: no replica begins another step. Members stay, and nothing is lost.",
+    "resume": "Let a paused run go on.",
+    "checkpoint": "Take a checkpoint of the next version that is published.",
+    "stop": "End the run after the next version, with a checkpoint; `shardlane local` goes on from there.",
+}
+
+
+def register(app: typer.Typer) -> None:
+    for action, help in ACTIONS.items():
+        epilog = f"[bold]Example[/bold]\n\nshardlane {action} runs/demo"
+        app.command(action, help=help, epilog=epilog)(_command(action))
+
+
+def _command(action: str) -> Callable[[str], None]:
+    def command(target: RunTarget) -> None:
+        from shardlane.cli.client import connect, state_name
+        from shardlane.pb.coordinator_pb2 import ControlAction
+
+        with connect(target) as client:
+            state = client.control(ControlAction.Value(f"CONTROL_ACTION_{action.upper()}"))
+        print(f"asked to {action}; the run is {state_name(state)}")
+
+    return command

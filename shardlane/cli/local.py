@@ -1,0 +1,98 @@
+"""`shardlane local`: a whole cluster on this machine, from data to checkpoint."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from shardlane.cli.arguments import ConfigCommand, ConfigFile, ForkRun, RunDir, load_config
+
+if TYPE_CHECKING:
+    from shardlane.cli.run_folder import RunFolder
+    from shardlane.config import Config
+
+EPILOG = """[bold]Examples[/bold]
+
+shardlane local configs/tiny.toml --run-dir runs/tiny
+
+shardlane local configs/demo.toml --run-dir runs/demo --stages 4 --replicas 1 --optimizer.learning_rate 1e-3
+
+Any setting of the config is an option, --section.key value. Stages, replicas, shards and logging may differ each time that a
+run is taken up again; what would change the mathematics is refused, unless --fork-run."""
+
+
+def register(app: typer.Typer) -> None:
+    app.command("local", cls=ConfigCommand, epilog=EPILOG)(local)
+
+
+def local(
+    context: typer.Context,
+    config_file: ConfigFile,
+    run_dir: RunDir,
+    stages: Annotated[int | None, typer.Option("--stages", metavar="P", help="Pipeline stages.")] = None,
+    replicas: Annotated[int | None, typer.Option("--replicas", metavar="R", help="Chains of workers, one a stage.")] = None,
+    shards: Annotated[int | None, typer.Option("--shards", metavar="S", help="Parameter shards.")] = None,
+    fork_run: ForkRun = False,
+    sample: Annotated[
+        bool | None, typer.Option("--sample/--no-sample", help="End with generated text and an export; default: on a terminal.")
+    ] = None,
+) -> None:
+    """Train on this machine: one coordinator, S shards, P x R workers, each a process of its own.
+
+    Prepares the data if there is none, goes on from the newest checkpoint if there is one, and shows the run as it trains.
+    Ctrl-C once stops after the present step with a checkpoint, twice at once. No process outlives this one.
+    """
+    from shardlane.cli.run_folder import RunFolder
+
+    flags = {"cluster.stages": stages, "cluster.replicas": replicas, "cluster.shards": shards}
+    config = load_config(context, config_file, flags)
+    with_sample = sys.stdout.isatty() if sample is None else sample
+    raise typer.Exit(train(config, RunFolder(run_dir), fork=fork_run, with_sample=with_sample))
+
+
+def train(config: Config, folder: RunFolder, *, fork: bool, with_sample: bool) -> int:
+    """The exit status."""
+    from shardlane.cli.cluster import Cluster, service_commands
+    from shardlane.cli.ending import print_ending
+    from shardlane.cli.live import choose_view
+    from shardlane.prepare import ensure_prepared
+
+    with folder.lock():
+        if not fork and is_finished(config, folder):
+            print(f"{folder.path} is finished: version {config.train.last_step} is there; raise train.max_steps, or --fork-run")
+            print_ending(config, folder, sample=with_sample)
+            return 0
+        view = choose_view(every_steps=config.log.every_steps, last_step=config.train.last_step)
+        with view:
+            resolved = resolve(config, ensure_prepared(config, folder.path, view.note).path)
+            proposed = folder.write_config(resolved, folder.path / "config.proposed.toml")
+            cluster = Cluster(resolved, folder, view, service_commands(resolved, folder, proposed, fork=fork))
+            try:
+                # The coordinator may refuse it; the folder then still says what its checkpoints were made with.
+                status = cluster.run(on_accepted=lambda: folder.write_config(resolved))
+            finally:
+                proposed.unlink(missing_ok=True)
+        print(*cluster.complaint, sep="\n", end="\n" if cluster.complaint else "", file=sys.stderr, flush=True)
+        if status == 0:
+            print_ending(resolved, folder, sample=with_sample)
+        return status
+
+
+def resolve(config: Config, data: Path) -> Config:
+    """With paths that hold wherever the run is looked at from."""
+    checkpoints = config.checkpoint.path and str(Path(config.checkpoint.path).expanduser().absolute())
+    return config.with_changes({"data.path": str(data.absolute()), "checkpoint.path": checkpoints})
+
+
+def is_finished(config: Config, folder: RunFolder) -> bool:
+    """Whether a checkpoint of this very mathematics is as far as the config wants to go."""
+    from shardlane.manifest import newest_complete, read_manifest
+
+    checkpoint = newest_complete(folder.checkpoints(config))
+    if checkpoint is None or config.checkpoint.resume == "never":
+        return False
+    manifest = read_manifest(checkpoint)
+    return manifest.version >= config.train.last_step and manifest.mathematics_hash == config.mathematics_hash()

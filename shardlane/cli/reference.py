@@ -1,0 +1,86 @@
+"""`shardlane reference`: the same run in one process."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import typer
+
+from shardlane.cli.arguments import ConfigCommand, ConfigFile, ForkRun, RunDir, load_config
+
+if TYPE_CHECKING:
+    from shardlane.cli.live import View
+    from shardlane.cli.run_folder import RunFolder
+    from shardlane.config import Config
+
+EPILOG = """[bold]Example[/bold]: one truth
+
+shardlane local configs/tiny.toml --run-dir runs/cluster --stages 2 --shards 2
+
+shardlane reference configs/tiny.toml --run-dir runs/one
+
+shardlane digest runs/cluster; shardlane digest runs/one    [dim]# the same line twice[/dim]"""
+
+
+def register(app: typer.Typer) -> None:
+    app.command("reference", cls=ConfigCommand, epilog=EPILOG)(reference)
+
+
+def reference(context: typer.Context, config_file: ConfigFile, run_dir: RunDir, fork_run: ForkRun = False) -> None:
+    """Train in this one process, without services: the oracle that every cluster must agree with, bit for bit.
+
+    Writes the same folder as `local`, and either goes on where the other has stopped. Ctrl-C once stops after the present step
+    with a checkpoint.
+    """
+    from shardlane.cli.ending import print_ending
+    from shardlane.cli.live import choose_view
+    from shardlane.cli.local import is_finished, resolve
+    from shardlane.cli.run_folder import RunFolder
+    from shardlane.process import prepare_process
+
+    config = load_config(context, config_file)
+    prepare_process(config.numerics.threads)  # before torch is imported
+
+    from shardlane.prepare import prepared_folder
+
+    folder = RunFolder(run_dir)
+    with folder.lock():
+        if not fork_run and is_finished(config, folder):
+            print(f"{run_dir} is finished: version {config.train.last_step} is there")
+        else:
+            config = resolve(config, prepared_folder(config, run_dir))
+            with choose_view(every_steps=config.log.every_steps, last_step=config.train.last_step) as view:
+                _train(config, folder, view, fork=fork_run)
+        print_ending(config, folder, sample=False)
+
+
+def _train(config: Config, folder: RunFolder, view: View, *, fork: bool) -> None:
+    from shardlane import logs
+    from shardlane.cli.rows import RowsFile
+    from shardlane.cli.supervisor import Interrupts
+    from shardlane.errors import CheckpointError
+    from shardlane.manifest import newest_complete
+    from shardlane.prepare import ensure_prepared
+    from shardlane.reference import Reference
+
+    logs.configure(config.log, folder.logs / "reference.log", to_stderr=False, run=config.run_name, role="reference", rank=0)
+    trainer = Reference(config, ensure_prepared(config, folder.path, view.note))
+    root = folder.checkpoints(config)
+    if (newest := newest_complete(root)) is not None:
+        if config.checkpoint.resume == "never":
+            raise CheckpointError(f'{root} holds {newest.name} and checkpoint.resume is "never"; give another --run-dir')
+        trainer.resume(newest, fork=fork)
+        view.note(f"goes on from {newest}")
+    folder.write_config(config)
+    rows = RowsFile(folder.metrics_file, trainer.version)
+    try:
+        with Interrupts() as interrupts:
+            for row in trainer.run(root):
+                rows.append(row)
+                view.show_rows([row])
+                if interrupts.requested.is_set():
+                    view.note("stopping, with a checkpoint")
+                    trainer.save(root)
+                    break
+    finally:
+        rows.close()

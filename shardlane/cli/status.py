@@ -1,0 +1,71 @@
+"""`shardlane status`: where a run stands."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from shardlane.cli.arguments import RunTarget
+
+EPILOG = """[bold]Examples[/bold]
+
+shardlane status runs/demo
+
+shardlane status 10.0.0.5:7070 --json | jq .members[].metricsAddress"""
+
+
+def register(app: typer.Typer) -> None:
+    app.command("status", epilog=EPILOG)(status)
+
+
+def status(
+    target: RunTarget,
+    json: Annotated[bool, typer.Option("--json", help="All that the coordinator says, as JSON.")] = False,
+) -> None:
+    """Show where a run stands: its step and loss, who runs which stage and lanes, which shard holds how much.
+
+    A run that nobody serves is described from its folder.
+    """
+    from google.protobuf.json_format import MessageToJson
+    from rich.console import Console
+
+    from shardlane.cli.client import CoordinatorClient, address_of
+    from shardlane.cli.live import Picture
+    from shardlane.errors import UnreachableError
+
+    address = address_of(target)
+    if address is None:
+        _describe_folder(Path(target))
+        return
+    try:
+        with CoordinatorClient(address) as client:
+            response = client.status()
+    except UnreachableError as error:
+        raise UnreachableError(f"{error} (the newest checkpoint is safe whatever has happened to it)") from error
+    if json:
+        print(MessageToJson(response, always_print_fields_with_no_presence=True))
+        return
+    picture = Picture(int(response.last_step))
+    picture.status = response
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    console.print(picture)
+    newest = response.newest
+    if response.version:
+        console.print(
+            f"loss {newest.loss:.4f}  grad_norm {newest.grad_norm:.3f}  lr {newest.learning_rate:.2e}"
+            f"  tokens/s {response.tokens_per_second:,.0f}  checkpoint {response.newest_checkpoint or 'none yet'}",
+            highlight=False,
+        )
+
+
+def _describe_folder(path: Path) -> None:
+    from shardlane.cli.ending import print_ending
+    from shardlane.cli.run_folder import RunFolder
+
+    folder = RunFolder(path)
+    config = folder.config()
+    print(f"{path} is not running")
+    print_ending(config, folder, sample=False)

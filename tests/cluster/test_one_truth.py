@@ -1,0 +1,79 @@
+"""One truth: whatever the cluster's shape, the run ends with the reference's digest and losses. Services as threads."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from shardlane import config as configs
+from shardlane.config import Config
+from shardlane.data import TokenFolder
+from shardlane.prepare import ensure_prepared
+from tests.cluster.threads import comparable, digest_of, rows_of, train, train_reference
+
+TINY = Path(__file__).parents[2] / "configs" / "tiny.toml"
+SHAPES = [(1, 1, 1), (2, 1, 1), (2, 2, 2), (3, 1, 2), (4, 1, 3), (1, 4, 2)]
+STEPS = 4
+
+
+class Truth:
+    """The reference's digest and rows for one config, worked out once."""
+
+    def __init__(self, folder: Path) -> None:
+        self.data = folder
+        self.tokens: TokenFolder = ensure_prepared(self.config(), folder, lambda line: None)
+        self._known: dict[bool, tuple[str, list[dict[str, Any]]]] = {}
+
+    def config(self, *overrides: str, tied: bool = False) -> Config:
+        fixed = ["--train.max_steps", str(STEPS), "--validation.every_steps", "2", "--data.path", str(self.data / "data")]
+        return configs.load(TINY, [*fixed, "--model.tie_word_embeddings", str(tied).lower(), *overrides])
+
+    def of(self, tied: bool) -> tuple[str, list[dict[str, Any]]]:
+        if tied not in self._known:
+            self._known[tied] = train_reference(self.config(tied=tied), self.tokens)
+        return self._known[tied]
+
+
+@pytest.fixture(scope="module")
+def truth(tmp_path_factory: pytest.TempPathFactory) -> Truth:
+    folder = tmp_path_factory.mktemp("truth")
+    config = configs.load(TINY)
+    ensure_prepared(config, folder, lambda line: None)
+    return Truth(folder)
+
+
+def shaped(stages: int, replicas: int, shards: int) -> list[str]:
+    return ["--cluster.stages", str(stages), "--cluster.replicas", str(replicas), "--cluster.shards", str(shards)]
+
+
+@pytest.mark.parametrize(
+    ("shape", "schedule", "tied"), list(itertools.product(SHAPES, ["1f1b", "gpipe"], [False, True])), ids=str
+)
+def test_every_shape_ends_with_the_references_digest_and_losses(
+    truth: Truth, tmp_path: Path, shape: tuple[int, int, int], schedule: str, tied: bool
+) -> None:
+    digest, rows = truth.of(tied)
+    config = truth.config(*shaped(*shape), "--pipeline.schedule", schedule, tied=tied)
+    assert train(config, tmp_path) == digest
+    assert comparable(rows_of(tmp_path)) == comparable(rows)
+
+
+def test_a_run_stopped_halfway_goes_on_in_another_shape(truth: Truth, tmp_path: Path) -> None:
+    digest, rows = truth.of(False)
+    halfway = train(truth.config(*shaped(2, 2, 2), "--train.stop_at_step", "2"), tmp_path)
+    assert halfway != digest
+    assert train(truth.config(*shaped(3, 1, 1), "--pipeline.schedule", "gpipe"), tmp_path) == digest
+    assert comparable(rows_of(tmp_path)) == comparable(rows)
+    assert digest_of(tmp_path) == digest
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "momentum", "adam"])
+def test_every_optimizer_and_the_other_precision(truth: Truth, tmp_path: Path, optimizer: str) -> None:
+    overrides = ["--optimizer.name", optimizer, "--schedule.name", "wsd", "--schedule.decay_steps", "2"]
+    overrides += ["--numerics.precision", "bf16" if optimizer == "adam" else "fp32"]
+    digest, rows = train_reference(truth.config(*overrides), truth.tokens)
+    assert train(truth.config(*overrides, *shaped(2, 2, 2)), tmp_path) == digest
+    assert comparable(rows_of(tmp_path)) == comparable(rows)
