@@ -56,7 +56,9 @@ class ShardService:
         handler = rpc.handler(SERVICE, ShardServicer(self.shard), pools=pools, observer=self.metrics.observer)
         self._server = rpc.Server(bind, {SERVICE.full_name: handler})
         self.address = rpc.advertised(bind, advertise, self._server.port)
-        self.metrics_address = rpc.advertised(metrics_bind, advertise, self.metrics.serve(metrics_bind)) if metrics_bind else ""
+        self.metrics_address = (
+            rpc.advertised_metrics(metrics_bind, advertise, self.metrics.serve(metrics_bind)) if metrics_bind else ""
+        )
         self._membership = Membership(
             coordinator,
             role="shard",

@@ -56,7 +56,8 @@ class ModelConfig(Section):
             )
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
-                f"num_attention_heads {self.num_attention_heads} is not a multiple of num_key_value_heads {self.num_key_value_heads}"
+                f"num_attention_heads {self.num_attention_heads} is not a multiple"
+                f" of num_key_value_heads {self.num_key_value_heads}"
             )
         if self.head_dim % 2:
             raise ValueError(f"the head size {self.head_dim} is odd; rotary embeddings need an even one")
@@ -212,7 +213,8 @@ class Config(Section):
             )
         if self.cluster.replicas > self.train.lanes:
             raise ValueError(
-                f"cluster.replicas {self.cluster.replicas} is more than train.lanes {self.train.lanes}; a replica has at least one lane"
+                f"cluster.replicas {self.cluster.replicas} is more than train.lanes {self.train.lanes};"
+                " a replica has at least one lane"
             )
         if self.schedule.warmup_steps + self.schedule.decay_steps > self.train.max_steps:
             raise ValueError(
@@ -235,6 +237,8 @@ class Config(Section):
     def with_changes(self, changes: Mapping[str, Any]) -> Config:
         """A copy with dotted keys changed, validated again: `config.with_changes({"train.max_steps": 8})`."""
         values = self.model_dump()
+        if "model.preset" in changes:
+            values["model"] = {}  # the preset's keys, not those of the model before it
         for dotted, value in changes.items():
             _set_dotted(values, dotted, value)
         return build(values)

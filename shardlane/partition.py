@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 from shardlane.config import Config, ModelConfig
 from shardlane.errors import ConfigError
@@ -186,10 +187,15 @@ def split_layers(costs: Sequence[float], num_stages: int) -> list[StageLayers]:
     for stages in range(num_stages, 0, -1):
         bounds.append(cut[stages][bounds[-1]])
     bounds.reverse()
-    return [StageLayers(first, end, num_layers) for first, end in zip(bounds, bounds[1:], strict=False)]
+    return [StageLayers(first, end, num_layers) for first, end in pairwise(bounds)]
 
 
-OPTIMIZER_STATES = {"sgd": (), "momentum": ("momentum_buffer",), "adam": ("exp_avg", "exp_avg_sq"), "adamw": ("exp_avg", "exp_avg_sq")}
+OPTIMIZER_STATES = {
+    "sgd": (),
+    "momentum": ("momentum_buffer",),
+    "adam": ("exp_avg", "exp_avg_sq"),
+    "adamw": ("exp_avg", "exp_avg_sq"),
+}
 """State tensors of each optimizer, by torch's names, each of the chunk's shape, fp32."""
 
 

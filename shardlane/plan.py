@@ -16,7 +16,7 @@ Role = Literal["shard", "worker"]
 
 REQUEST_CHECKPOINT = 1
 REQUEST_STOP = 2
-"""Bits that ride in a chunk's record; the decision of a step ORs them over all chunks, so that every shard acts at one version."""
+"""Bits that ride in a chunk's record; a step's decision ORs them over all chunks, so that every shard acts at one version."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,6 +35,8 @@ def process_environment(threads: int) -> dict[str, str]:
         "OMP_DYNAMIC": "FALSE",
         "MKL_DYNAMIC": "FALSE",
         "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+        "GRPC_ENABLE_FORK_SUPPORT": "0",
+        "GRPC_VERBOSITY": "NONE",  # its own lines on stderr say nothing that our errors do not
         **{f"MALLOC_{name}_": str(num_bytes) for name, (_, num_bytes) in MALLOC_OPTIONS.items()},
     }
 

@@ -7,6 +7,7 @@ wait, calls that stream and calls that must never wait get thread pools of their
 from __future__ import annotations
 
 import json
+import socket
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -36,6 +37,7 @@ KEEPALIVE_SECONDS = 10  # both ends derive from it: a client that pings more oft
 CONTROL_DEADLINE_SECONDS = 10.0
 WAIT_SECONDS = 30.0  # the longest that a server holds a call that waits
 
+_EVERY_ADDRESS = ("", "0.0.0.0", "[::]")
 _MIB = 1 << 20
 _TUNING: list[tuple[str, Any]] = [
     ("grpc.max_send_message_length", wire.MESSAGE_BYTES_MAX),
@@ -97,10 +99,20 @@ def connect(address: str, *, attempts: int = 1, own_connection: bool = False) ->
 
 
 def advertised(bind: str, advertise: str, port: int) -> str:
-    """The host:port that peers are told: `advertise` as it is, or with `port` if it names a host alone; else the bound host."""
+    """The host:port that peers are told: `advertise` as it is, or with `port` if it names a host alone; else the bound host.
+
+    A server bound to every address is told by this machine's name.
+    """
     if advertise.rpartition(":")[2].isdigit():
         return advertise
-    return f"{advertise or bind.rpartition(':')[0]}:{port}"
+    host = advertise or bind.rpartition(":")[0]
+    return f"{socket.gethostname() if host in _EVERY_ADDRESS else host}:{port}"
+
+
+def advertised_metrics(bind: str, advertise: str, port: int) -> str:
+    """The same for `/metrics`: a port in `advertise` is the gRPC server's, and only its host holds for both."""
+    host, _, suffix = advertise.rpartition(":")
+    return advertised(bind, host if suffix.isdigit() else advertise, port)
 
 
 def _message_class(descriptor: Any) -> Any:
@@ -145,7 +157,8 @@ def user_errors(what: str) -> Iterator[None]:
     except grpc.RpcError as error:
         code, details = error.code(), error.details()
         if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
-            raise UnreachableError(f"{what} does not answer ({code.name.lower()}); is it running, and is the address right?") from error
+            reason = f"{what} does not answer ({code.name.lower()}); is it running, and is the address right?"
+            raise UnreachableError(reason) from error
         raise UserError(f"{what} refused: {details}") from error
 
 

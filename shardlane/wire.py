@@ -73,7 +73,9 @@ def decoder(message_type: type[H]) -> Callable[[bytes], Framed[H]]:
             if kind == 2:
                 size, position = _read_varint(data, position)
                 if size > end - position:
-                    raise MalformedError(f"{message_type.DESCRIPTOR.name}: a field of {size} bytes ends beyond the message's {end}")
+                    raise MalformedError(
+                        f"{message_type.DESCRIPTOR.name}: a field of {size} bytes ends beyond the message's {end}"
+                    )
                 if tag >> 3 == PAYLOAD_FIELD:
                     payload = view[position : position + size]
                     kept.append(view[start:field_start])
@@ -196,7 +198,7 @@ def role_to_wire(role: str) -> coordinator_pb2.Role:
 
 
 def role_from_wire(role: int) -> Any:
-    """"shard" or "worker". Raises `MalformedError`."""
+    """ "shard" or "worker". Raises `MalformedError`."""
     try:
         return _ROLE_NAMES[role]
     except KeyError:

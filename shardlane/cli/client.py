@@ -38,7 +38,7 @@ class CoordinatorClient:
             response: GetStatusResponse = self._client.GetStatus(coordinator_pb2.GetStatusRequest(), timeout=timeout_seconds)
         return response
 
-    def control(self, action: ControlAction, timeout_seconds: float = 5.0) -> RunState:
+    def control(self, action: ControlAction | str, timeout_seconds: float = 5.0) -> RunState:
         """The state thereafter. Raises `UnreachableError`, `UserError`."""
         with rpc.user_errors(self._what):
             response = self._client.Control(coordinator_pb2.ControlRequest(action=action), timeout=timeout_seconds)

@@ -25,10 +25,9 @@ def register(app: typer.Typer) -> None:
 def _command(action: str) -> Callable[[str], None]:
     def command(target: RunTarget) -> None:
         from shardlane.cli.client import connect, state_name
-        from shardlane.pb.coordinator_pb2 import ControlAction
 
         with connect(target) as client:
-            state = client.control(ControlAction.Value(f"CONTROL_ACTION_{action.upper()}"))
+            state = client.control(f"CONTROL_ACTION_{action.upper()}")
         print(f"asked to {action}; the run is {state_name(state)}")
 
     return command

@@ -20,7 +20,7 @@ shardlane local configs/tiny.toml --run-dir runs/tiny
 
 shardlane local configs/demo.toml --run-dir runs/demo --stages 4 --replicas 1 --optimizer.learning_rate 1e-3
 
-Any setting of the config is an option, --section.key value. Stages, replicas, shards and logging may differ each time that a
+Any setting of the config is an option, --section.key value. Stages, replicas, shards and logging may differ each time that a \
 run is taken up again; what would change the mathematics is refused, unless --fork-run."""
 
 

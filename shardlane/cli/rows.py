@@ -14,7 +14,7 @@ Row = dict[str, Any]
 
 
 def format_row(row: Row) -> str:
-    """`step: 10  loss: 3.1000  grad_norm: 0.9000  lr: 3.00e-03  tps: 12,345`, or the validation's `step: 10  val_loss: 3.1000`."""
+    """`step: 10  loss: 3.1000  grad_norm: 0.9000  lr: 3.00e-03  tps: 12,345`, or of a validation `step: 10  val_loss: 3.1000`."""
     if "val_loss" in row:
         return f"step: {row['step']}  val_loss: {_number(row['val_loss'])}"
     parts = [f"step: {row['step']}", f"loss: {_number(row['loss'])}", f"grad_norm: {_number(row['grad_norm'])}"]

@@ -44,7 +44,11 @@ def status(
         with CoordinatorClient(address) as client:
             response = client.status()
     except UnreachableError as error:
-        raise UnreachableError(f"{error} (the newest checkpoint is safe whatever has happened to it)") from error
+        if address == target:
+            raise
+        print(error, file=sys.stderr)  # it was killed, or its machine is another one
+        _describe_folder(Path(target))
+        return
     if json:
         print(MessageToJson(response, always_print_fields_with_no_presence=True))
         return

@@ -114,7 +114,9 @@ class Supervisor:
     def wait(self, timeout_seconds: float) -> bool:
         """Whether all have ended by then."""
         end = time.monotonic() + timeout_seconds
-        return all([child.wait(max(0.0, end - time.monotonic())) for child in self.children])
+        for child in self.children:
+            child.wait(max(0.0, end - time.monotonic()))
+        return not self.running
 
     def stop(self, grace_seconds: float) -> None:
         """SIGTERM to all that run, time to end, then SIGKILL."""

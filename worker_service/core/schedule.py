@@ -14,7 +14,6 @@ from typing import Literal
 
 from shardlane.ids import MicroBatch
 
-
 ScheduleName = Literal["1f1b", "gpipe"]
 
 

@@ -55,7 +55,9 @@ def config(**changes: object) -> Config:
     return build(values).with_changes(changes)
 
 
-def plan(epoch: int = 1, workers: tuple[Incarnation, ...] = (ABOVE, ME, BELOW), timeline: Timeline = Timeline(0, Version(0))) -> Plan:
+def plan(
+    epoch: int = 1, workers: tuple[Incarnation, ...] = (ABOVE, ME, BELOW), timeline: Timeline = Timeline(0, Version(0))
+) -> Plan:
     return Plan(
         PlanNumber(1, epoch),
         RunId("run"),
