@@ -40,7 +40,7 @@ def main(arguments: list[str], environment: Mapping[str, str]) -> int:
     logs.configure(run.config.log, file, role="worker", run=run.run_id)
     prepare_process(run.config.numerics.threads)
 
-    from worker_service.runner import WorkerService
+    from worker_service.service import WorkerService
 
     service = WorkerService(
         flags.coordinator,

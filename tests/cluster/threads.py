@@ -17,7 +17,7 @@ from shardlane.digest import checkpoint_digest
 from shardlane.manifest import newest_complete
 from shardlane.member import fetch_run
 from shardlane.reference import Reference
-from worker_service.runner import WorkerService
+from worker_service.service import WorkerService
 
 RUN_SECONDS_MAX = 100.0
 

@@ -88,4 +88,4 @@ def test_help_teaches() -> None:
     found = subprocess.run(
         [sys.executable, "-m", "coordinator", "--help"], capture_output=True, text=True, timeout=30, check=True
     )
-    assert "--fork-run" in found.stdout and "SHARDLANE_RUN_DIR" in found.stdout
+    assert "--fork-run" in found.stdout and "SHARDLANE_BIND" in found.stdout

@@ -60,7 +60,7 @@ def lane_gradients(config: Config) -> tuple[list[dict[str, Tensor]], list[float]
 
 def run(config: Config, stages: list[StageCompute], blocks: tuple[Block, ...]) -> None:
     """All stages on one thread, each action as soon as what it needs is there."""
-    micro_batches = [stage.begin(blocks) for stage in stages][0]
+    micro_batches, *_ = [stage.begin(blocks) for stage in stages]
     waiting = [schedule(config.pipeline.schedule, p, len(stages), micro_batches) for p in range(len(stages))]
     sent: dict[tuple[type, int, int], Any] = {}  # (action, stage that sent, micro-batch)
     while any(waiting):
@@ -147,9 +147,5 @@ def test_what_the_hook_raises_comes_out_of_backward() -> None:
         raise InterruptedError(name)
 
     stage = StageCompute(config, whole_model(config.model), torch.device("cpu"), refuse)
-    micro_batches = stage.begin((lane(0),))
     with pytest.raises(InterruptedError):
-        for micro_batch in micro_batches:
-            both = windows(config, micro_batch)
-            stage.forward(micro_batch, inputs_of(both, "cpu"), targets_of(both, "cpu"))
-            stage.backward(micro_batch)
+        run(config, [stage], (lane(0),))

@@ -46,6 +46,7 @@ from worker_service.core.stepper import Phase, Stepper
 
 ABOVE, ME, BELOW = (Incarnation(each) for each in ("worker-a", "worker-b", "worker-c"))
 SHARD = Incarnation("shard-a")
+ORIGIN = Timeline(0, Version(0))
 BLOCKS = (Block(Lane(0), 2),)
 KEY = Key(ChunkId(3), SiteIndex(0), BLOCKS[0])
 
@@ -55,14 +56,12 @@ def config(**changes: object) -> Config:
     return build(values).with_changes(changes)
 
 
-def plan(
-    epoch: int = 1, workers: tuple[Incarnation, ...] = (ABOVE, ME, BELOW), timeline: Timeline = Timeline(0, Version(0))
-) -> Plan:
+def plan(epoch: int = 1, workers: tuple[Incarnation, ...] = (ABOVE, ME, BELOW), timeline: Timeline = ORIGIN) -> Plan:
     return Plan(
         PlanNumber(1, epoch),
         RunId("run"),
         timeline,
-        tuple(Member(each, "worker", f"{each}:1") for each in workers) + (Member(SHARD, "shard", "s:1"),),
+        (*(Member(each, "worker", f"{each}:1") for each in workers), Member(SHARD, "shard", "s:1")),
         tuple(StageLayers(each, each + 1, 3) for each in range(3)),
         (Replica(workers, BLOCKS),),
         (Placement((SHARD,)),) * 4,
