@@ -23,7 +23,7 @@ ENVIRONMENT_PREFIX = "SHARDLANE_"
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class ModelConfig(Section):
@@ -254,6 +254,8 @@ def load(path: str | Path, overrides: Sequence[str] = (), environment: Mapping[s
         text = file.read_text(encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"cannot read the config {file}: {error.strerror}; `configs/` has ready ones") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{file} is not UTF-8 text: byte {error.start} is {error.object[error.start]:#04x}") from error
     try:
         values = yaml.safe_load(text) if file.suffix in (".yaml", ".yml") else tomllib.loads(text)
     except (tomllib.TOMLDecodeError, yaml.YAMLError) as error:
@@ -262,6 +264,7 @@ def load(path: str | Path, overrides: Sequence[str] = (), environment: Mapping[s
     values = values or {}
     if not isinstance(values, dict):
         raise ConfigError(f"{file} must hold sections of keys, found a {type(values).__name__}")
+    values = {key: value for key, value in values.items() if value is not None}  # an empty section of YAML
     for name, value in sorted((environment or {}).items()):
         if name.startswith(ENVIRONMENT_PREFIX) and "__" in name:
             _set_dotted(values, name.removeprefix(ENVIRONMENT_PREFIX).lower().replace("__", "."), value)
@@ -285,8 +288,10 @@ def parse_overrides(arguments: Sequence[str]) -> list[tuple[str, str]]:
     while rest:
         flag = rest.pop(0)
         key, equals, value = flag.partition("=")
-        if not key.startswith("--") or (not equals and not rest):
+        if not key.startswith("--"):
             raise ConfigError(f"found {flag!r} where an override was expected; write --section.key value")
+        if not equals and not rest:
+            raise ConfigError(f"{flag} has no value; write {flag} value")
         pairs.append((key[2:].replace("-", "_"), value if equals else rest.pop(0)))
     return pairs
 
@@ -295,7 +300,9 @@ def to_toml(config: Config) -> str:
     """The whole resolved config as TOML that `load` reads back to an equal value."""
 
     def literal(value: Any) -> str:
-        return json.dumps(value) if not isinstance(value, float) else repr(value)
+        if isinstance(value, float):
+            return repr(value)
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")  # TOML knows no surrogate pairs, and no bare DEL
 
     lines = []
     for name, value in config.model_dump().items():
@@ -326,6 +333,8 @@ def _one_line(error: ValidationError) -> str:
         near = difflib.get_close_matches(str(first["loc"][-1]), known, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}"
         return f"unknown key {where!r}; {hint}"
+    if first["type"] == "model_type":
+        return f"{where} is {first['input']!r}: expected a section of keys"
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "value_error":
         return f"{where}: {message}" if where else message

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,7 +22,7 @@ class WorkerInstruments:
         self.step_seconds = metrics.histogram("shardlane_worker_step_seconds", "From one version to the next.")
         phases = metrics.counter("shardlane_worker_phase_seconds_total", "Where the time of steps goes.", ("phase",))
         self._phases = {phase: phases.labels(phase) for phase in PHASES}
-        self._waited_seconds = threading.local()
+        self._waited_seconds = 0.0  # by whichever thread computes: on CUDA, autograd's while the one that began it waits
         self.pushed_bytes = metrics.counter("shardlane_worker_pushed_bytes_total", "Gradient bytes sent to shards.")
         self.pulled_bytes = metrics.counter("shardlane_worker_pulled_bytes_total", "Parameter bytes received from shards.")
         self.tokens = metrics.counter("shardlane_worker_tokens_total", "Tokens whose gradients this stage computed.")
@@ -44,14 +43,14 @@ class WorkerInstruments:
         finally:
             seconds = time.perf_counter() - began
             self._phases[phase].inc(seconds)
-            self._waited_seconds.total = getattr(self._waited_seconds, "total", 0.0) + seconds
+            self._waited_seconds += seconds
 
     @contextmanager
     def computing(self) -> Iterator[None]:
-        """Counts what passes inside, less the waits on this thread."""
-        began, waited = time.perf_counter(), getattr(self._waited_seconds, "total", 0.0)
+        """Counts what passes inside, less the waits."""
+        began, waited = time.perf_counter(), self._waited_seconds
         try:
             yield
         finally:
-            waited = getattr(self._waited_seconds, "total", 0.0) - waited
+            waited = self._waited_seconds - waited
             self._phases["compute"].inc(max(0.0, time.perf_counter() - began - waited))

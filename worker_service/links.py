@@ -7,6 +7,7 @@ it, and the receiver skips what it has. In-flight activations follow the schedul
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -21,6 +22,7 @@ from worker_service.staging import HostTensor, Staging
 
 SERVICE = worker_pb2.DESCRIPTOR.services_by_name["PipelineWorker"]
 RETRY_SECONDS = 0.1
+NEWS_SECONDS = 5.0  # a stream that breaks for the reason of the one before is news only if it lasted so long
 
 
 @dataclass(slots=True)
@@ -48,7 +50,7 @@ class Link:
     """One direction to one neighbour under one plan. `send` never blocks."""
 
     def __init__(self, route: Route, staging: Staging, on_broken: Callable[[Incarnation, str], None]) -> None:
-        """`on_broken` hears of each stream that broke, and why, at once."""
+        """`on_broken` hears at once of a stream that broke, and why; not of every vain attempt to open it again."""
         self._route, self._staging, self._on_broken = route, staging, on_broken
         self._changed = threading.Condition()
         self._items: list[_Item] = []  # of the open step, in order
@@ -95,7 +97,7 @@ class Link:
                 self._staging.release(item.host)
 
     def _run(self) -> None:
-        client = rpc.Client(self._channel, SERVICE)
+        client, last_code = rpc.Client(self._channel, SERVICE), ""
         while not self._closed:
             with self._changed:
                 self._stream += 1
@@ -104,11 +106,12 @@ class Link:
                 stream = self._stream
             if self._closed:
                 return
-            reason = "the neighbour ended the stream"
+            code, details = "ok", "the neighbour ended the stream"
+            began_seconds = time.monotonic()
             try:
                 client.Transfer(self._pieces(stream))  # no deadline: it lasts as long as the plan, and keep-alives watch it
             except grpc.RpcError as error:
-                reason = f"{error.code().name.lower()}: {error.details()}"
+                code, details = error.code().name.lower(), error.details() or ""
             except ValueError:  # the channel was closed
                 return
             with self._changed:
@@ -116,7 +119,9 @@ class Link:
                 self._changed.notify_all()
                 if self._closed:
                     return
-            self._on_broken(self._route.receiver, reason)
+            if code != last_code or time.monotonic() - began_seconds > NEWS_SECONDS:
+                self._on_broken(self._route.receiver, f"{code}: {details}")
+            last_code = code
             with self._changed:
                 self._changed.wait_for(lambda: self._closed, RETRY_SECONDS)
 

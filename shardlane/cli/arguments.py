@@ -49,9 +49,9 @@ def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     return own, overrides
 
 
-def load_config(context: typer.Context, file: Path, flags: Mapping[str, int | None] = {}) -> Config:
+def load_config(context: typer.Context, file: Path, flags: Mapping[str, int | None] | None = None) -> Config:
     """File < environment < `--section.key` < `flags`, such as {"cluster.stages": 2}. Raises `ConfigError`."""
     from shardlane import config as configs
 
-    given = [f"--{key}={value}" for key, value in flags.items() if value is not None]
+    given = [f"--{key}={value}" for key, value in (flags or {}).items() if value is not None]
     return configs.load(file, [*(context.obj or ()), *given], os.environ)
