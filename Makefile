@@ -52,7 +52,7 @@ endif
 	@touch $@
 
 demo: setup
-	.venv/bin/shardlane local configs/demo.toml --run-dir $(RUN_DIR)
+	.venv/bin/shardlane local configs/demo.toml --run-dir $(RUN_DIR) --sample
 
 # A file's tests stay in one worker process (--dist loadfile), so they share what its fixtures set up.
 test: setup

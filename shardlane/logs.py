@@ -37,6 +37,7 @@ def logger(*, role: str, **bound: Any) -> FilteringBoundLogger:
         processors=[
             structlog.stdlib.filter_by_level,
             structlog.stdlib.PositionalArgumentsFormatter(),
+            _ask,
             structlog.stdlib.ProcessorFormatter.wrap_for_formatter,
         ],
         wrapper_class=structlog.stdlib.BoundLogger,
@@ -79,7 +80,7 @@ def _formatter(form: str) -> logging.Formatter:
     shared: list[structlog.typing.Processor] = [
         structlog.stdlib.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
-        _settle,
+        _order,
         structlog.processors.format_exc_info,
     ]
     render = structlog.processors.JSONRenderer(sort_keys=False, default=str) if form == "json" else _text
@@ -91,12 +92,17 @@ def _formatter(form: str) -> logging.Formatter:
     )
 
 
-def _settle(_: WrappedLogger, __: str, event: EventDict) -> EventDict:
-    """Asks what can be called, leaves out what is not known, puts the context first."""
+def _ask(_: WrappedLogger, __: str, event: EventDict) -> EventDict:
+    """Asks what can be called, once for all handlers, and leaves out what is not known."""
+    asked = {name: value() if callable(value) else value for name, value in event.items()}
+    return {name: value for name, value in asked.items() if value is not None}
+
+
+def _order(_: WrappedLogger, __: str, event: EventDict) -> EventDict:
+    """Puts the context first, the process's where the line has none of its own."""
     values = {**_process_context, **event}
     first = {name: values.pop(name) for name in ("timestamp", "level", *CONTEXT, "event") if name in values}
-    settled = {name: value() if callable(value) else value for name, value in {**first, **values}.items()}
-    return {name: value for name, value in settled.items() if value is not None}
+    return {**first, **values}
 
 
 def _text(_: WrappedLogger, __: str, event: EventDict) -> str:
