@@ -14,7 +14,7 @@ from shardlane import config as configs
 from shardlane import logs
 from shardlane.errors import UserError
 from shardlane.flags import ServiceParser
-from shardlane.process import Lifetime, run_main, write_ready_file
+from shardlane.process import Lifetime, exit_now, run_main, write_ready_file
 
 if TYPE_CHECKING:
     from coordinator.service import CoordinatorService
@@ -86,4 +86,4 @@ def serve(service: CoordinatorService, lifetime: Lifetime, *, stay: bool) -> int
 
 
 if __name__ == "__main__":
-    sys.exit(run_main("coordinator", lambda: main(sys.argv[1:], os.environ)))
+    exit_now(run_main("coordinator", lambda: main(sys.argv[1:], os.environ)))

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from coordinator.core.events import TrainingRow, ValidationRow
+from shardlane.files import append_to_file, replace_file
 from shardlane.ids import Version
 
 Row = dict[str, Any]
@@ -36,35 +36,14 @@ class MetricsFile:
 
     def append(self, row: TrainingRow | ValidationRow) -> None:
         """Takes a row for the next `flush`."""
-        match row:
-            case TrainingRow(summary, tokens_per_second):
-                values = {
-                    "step": summary.step,
-                    "loss": _json(summary.loss),
-                    "grad_norm": _json(summary.grad_norm),
-                    "lr": summary.learning_rate,
-                    "tokens": summary.tokens,
-                    "tokens_per_second": round(tokens_per_second, 3),
-                    **({"skipped": True} if summary.skipped else {}),
-                }
-                after = Version(summary.step + 1)
-            case ValidationRow(version, loss):
-                values, after = {"step": version, "val_loss": _json(loss)}, Version(0)
-        self._pending.append((json.dumps(values, allow_nan=False) + "\n", after))
+        after = row.summary.step + 1 if isinstance(row, TrainingRow) else 0
+        self._pending.append((json.dumps(values_of(row), allow_nan=False) + "\n", Version(after)))
 
     def flush(self) -> None:
         """Makes pending rows durable, or raises `OSError`, keeps them, and leaves no half of them behind."""
         if not self._pending:
             return
-        with self._path.open("ab") as file:
-            end = file.tell()
-            try:
-                file.write("".join(line for line, _ in self._pending).encode())
-                file.flush()
-                os.fsync(file.fileno())
-            except OSError:
-                os.ftruncate(file.fileno(), end)
-                raise
+        append_to_file(self._path, "".join(line for line, _ in self._pending).encode())
         self.version = max(self.version, *(after for _, after in self._pending))
         self._pending.clear()
 
@@ -83,14 +62,8 @@ class MetricsFile:
         except FileNotFoundError:
             lines = []
         kept = [line for line in lines if (row := _parse(line)) is not None and keep(row) and self._note(row)]
-        if kept == lines:
-            return
-        temporary = self._path.with_suffix(".jsonl.tmp")
-        with temporary.open("wb") as file:
-            file.writelines(kept)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(self._path)
+        if kept != lines:
+            replace_file(self._path, b"".join(kept))
 
     def _note(self, row: Row) -> bool:
         if "val_loss" in row:
@@ -98,6 +71,23 @@ class MetricsFile:
         else:
             self.version = max(self.version, Version(row["step"] + 1))
         return True
+
+
+def values_of(row: TrainingRow | ValidationRow) -> Row:
+    """What there is to read of a row; None where a number is not finite, for JSON has no infinity and no NaN."""
+    match row:
+        case TrainingRow(summary, tokens_per_second):
+            return {
+                "step": summary.step,
+                "loss": _json(summary.loss),
+                "grad_norm": _json(summary.grad_norm),
+                "lr": summary.learning_rate,
+                "tokens": summary.tokens,
+                "tokens_per_second": round(tokens_per_second, 3),
+                **({"skipped": True} if summary.skipped else {}),
+            }
+        case ValidationRow(version, loss):
+            return {"step": version, "val_loss": _json(loss)}
 
 
 def _parse(line: bytes) -> Row | None:
@@ -109,5 +99,4 @@ def _parse(line: bytes) -> Row | None:
 
 
 def _json(value: float) -> float | None:
-    """JSON has no infinity and no NaN."""
     return value if math.isfinite(value) else None

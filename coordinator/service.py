@@ -39,7 +39,12 @@ class CoordinatorService:
     ) -> None:
         """Binds, and takes over the run of `run_dir`. Raises `UserError` in one of its kinds."""
         metrics = metrics or Metrics("coordinator")
-        self.coordinator = Coordinator(config, run_dir=run_dir, fork=fork, clock=clock, metrics=metrics)
+        self._server = rpc.Server(bind)  # first: who cannot serve must not take the run from who does
+        try:
+            self.coordinator = Coordinator(config, run_dir=run_dir, fork=fork, clock=clock, metrics=metrics)
+        except Exception:
+            self._server.stop()
+            raise
         num_watches = min(WATCHES_MAX, 16 + 2 * self.coordinator.run.num_expected)
         self._watches = ThreadPoolExecutor(num_watches, thread_name_prefix="watch")
         handler = rpc.handler(
@@ -48,11 +53,7 @@ class CoordinatorService:
             pools={"WatchPlans": self._watches},
             observer=metrics.observer,
         )
-        try:
-            self._server = rpc.Server(bind, {SERVICE.full_name: handler})
-        except Exception:
-            self.coordinator.close()
-            raise
+        self._server.add(SERVICE.full_name, handler)
         self.address = rpc.advertised(bind, advertise, self._server.port)
         self._stopping = threading.Event()
         self._ticker = threading.Thread(target=self._tick, name="tick", daemon=True)

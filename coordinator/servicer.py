@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import grpc
@@ -13,8 +15,10 @@ from coordinator.shell import Coordinator, UnknownMemberError
 from coordinator.status import state_to_wire, status_of
 from shardlane import rpc, wire
 from shardlane.errors import IncompatibleError
-from shardlane.ids import PROTOCOL_VERSION
+from shardlane.ids import PROTOCOL_VERSION, Incarnation
 from shardlane.pb import coordinator_pb2
+
+SUSPECTS_MAX = 8  # members looked after at a time, when their streams have broken
 
 
 class CoordinatorServicer:
@@ -24,6 +28,7 @@ class CoordinatorServicer:
         """`num_watches`: threads that hold a WatchPlans."""
         self._coordinator = coordinator
         self._num_watches = num_watches
+        self._suspects = ThreadPoolExecutor(SUSPECTS_MAX, thread_name_prefix="suspect")
 
     def GetRun(self, request: coordinator_pb2.GetRunRequest, context: grpc.ServicerContext) -> coordinator_pb2.GetRunResponse:
         coordinator = self._coordinator
@@ -64,10 +69,19 @@ class CoordinatorServicer:
     ) -> Iterator[coordinator_pb2.WatchPlansResponse]:
         coordinator = self._coordinator
         crowd = max(1.0, len(coordinator.run.members.states) / self._num_watches)
-        context.add_callback(coordinator.wake)  # a watcher that is gone must not hold its thread
+        is_over = threading.Event()
+
+        def on_end() -> None:
+            coordinator.wake()  # a watcher that is gone must not hold its thread
+            if not is_over.is_set():
+                self._suspects.submit(coordinator.suspect, Incarnation(request.incarnation))
+
+        context.add_callback(on_end)
         have = wire.number_from_wire(request.have)
         for plan in coordinator.plans_after(have, rpc.WAIT_SECONDS / crowd, context.is_active):
             yield coordinator_pb2.WatchPlansResponse(plan=wire.plan_to_wire(plan))
+        if context.is_active():
+            is_over.set()
 
     def ReportValidation(
         self, request: coordinator_pb2.ReportValidationRequest, context: grpc.ServicerContext
@@ -88,7 +102,7 @@ class CoordinatorServicer:
         self, request: coordinator_pb2.GetStatusRequest, context: grpc.ServicerContext
     ) -> coordinator_pb2.GetStatusResponse:
         with self._coordinator.reading():
-            return status_of(self._coordinator.run, self._coordinator.now())
+            return status_of(self._coordinator.run, self._coordinator.now(), self._coordinator.waiting_for)
 
     def Control(self, request: coordinator_pb2.ControlRequest, context: grpc.ServicerContext) -> coordinator_pb2.ControlResponse:
         self._coordinator.control(translation.control_from_wire(request.action))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,8 +19,6 @@ from shardlane.ids import RunId, Timeline, Version
 from shardlane.manifest import Manifest, check_resume, newest_complete, read_manifest
 from shardlane.pb import coordinator_pb2
 
-Warn = Callable[[str], None]
-
 
 @dataclass(frozen=True)
 class Session:
@@ -31,10 +28,11 @@ class Session:
     is_restart: bool
 
 
-def open_session(config: Config, dataset: Dataset, store: Store, *, run_dir: Path, root: Path, fork: bool, warn: Warn) -> Session:
-    """`root`: the folder of checkpoints. Raises `CheckpointError` if the run may not be resumed by this config."""
+def open_session(config: Config, dataset: Dataset, store: Store, *, run_dir: Path, root: Path, fork: bool) -> Session:
+    """`root`: the folder of checkpoints. Raises `CheckpointError` if the run may not be resumed by this config, or the newest
+    checkpoint is damaged; `OSError` or `sqlite3.Error` on a full disk."""
     snapshot = store.load()
-    folder = newest_complete(root, lambda _, reason: warn(f"passed over: {reason}"))
+    folder = newest_complete(root)
     manifest = None if folder is None else read_manifest(folder)
     identity = f"{config.mathematics_hash()} {dataset.digest}"
     plan = None if snapshot.plan is None else wire.plan_from_wire(coordinator_pb2.Plan.FromString(snapshot.plan))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import sqlite3
 import threading
 import time
@@ -35,18 +36,22 @@ from coordinator.core.events import (
 from coordinator.core.run import Run
 from coordinator.dataset import read_dataset
 from coordinator.instruments import Instruments
+from coordinator.metrics_file import values_of
 from coordinator.session import open_session
 from coordinator.store import FencedError, Store
 from coordinator.translation import checkpoint_from_wire, validation_from_wire
 from shardlane import wire
 from shardlane.config import Config, to_toml
 from shardlane.errors import IncompatibleError, MalformedError, NotReadyError, RequestError, UserError
-from shardlane.ids import PlanNumber, Version
+from shardlane.files import replace_file
+from shardlane.ids import Incarnation, PlanNumber, Version
 from shardlane.logs import logger
 from shardlane.metrics import Metrics
 from shardlane.partition import Layout
 from shardlane.pb import coordinator_pb2
 from shardlane.plan import Plan
+
+PROBE_SECONDS = 0.5
 
 Clock = Callable[[], float]
 
@@ -71,9 +76,11 @@ class Coordinator:
         self._log = logger(role="coordinator")
         _prepare_folder(run_dir, config)
         self._store = Store(run_dir / "coordinator.sqlite")
-        session = open_session(
-            config, self.dataset, self._store, run_dir=run_dir, root=self.root, fork=fork, warn=self._log.warning
-        )
+        try:
+            session = open_session(config, self.dataset, self._store, run_dir=run_dir, root=self.root, fork=fork)
+        except (OSError, sqlite3.Error) as error:
+            self._store.close()
+            raise UserError(f"cannot keep the run in {run_dir}: {error}; free the disk, or give another --run-dir") from error
         self._file = session.metrics_file
         self.run = Run(config, session.beginning, now=clock())
         self.run_id = self.run.run_id
@@ -85,7 +92,7 @@ class Coordinator:
         self._saved = session.beginning.saved
         self._validated: list[Version] = []  # whose reports need not be kept once the rows are durable
         self._fenced: FencedError | None = None
-        self._is_failing = False
+        self._held_up = ""  # by what error of the disk
         self._is_closed = False
         self._committer = Committer(
             config, self.dataset, self.root, committed=self._on_committed, failed=self._on_failed, warn=self._log.warning
@@ -112,6 +119,11 @@ class Coordinator:
         return self.state is RunState.FAILED or (
             self.state is RunState.FINISHED and not self._to_do and not self._file.num_pending
         )
+
+    @property
+    def waiting_for(self) -> str:
+        """What is missing, for people; empty: nothing."""
+        return f"room on the disk ({self._held_up})" if self._held_up else self.run.waiting_for
 
     @property
     def plan(self) -> Plan | None:
@@ -183,6 +195,14 @@ class Coordinator:
                 self._store.keep_report("checkpoint", report.version, report.incarnation, body)
 
         self._feed(lambda now: self.run.on_checkpoint_part(report), keep)
+
+    def suspect(self, incarnation: Incarnation) -> None:
+        """A member's stream has broken. If nobody listens at its address any more it is dead; else its lease decides."""
+        with self._changed:
+            address = None if self._is_closed else self.run.members.address(incarnation)
+        if address is not None and is_refused(address):
+            with suppress(NotReadyError):
+                self._feed(lambda now: (None, self.run.on_death(incarnation, f"nobody listens at {address}", now)))
 
     def control(self, action: Control) -> RunState:
         self._feed(lambda now: (None, self.run.on_control(action)))
@@ -256,12 +276,12 @@ class Coordinator:
             if self.run.saved != self._saved:
                 self._store.save(self.run.saved)
                 self._saved = self.run.saved
-            self._is_failing = False
+            self._held_up = ""
         except (OSError, sqlite3.Error) as error:
             self._instruments.write_failures.inc()
-            if not self._is_failing:
+            if not self._held_up:
                 self._log.error("cannot write; trying again until it works", error=str(error))
-            self._is_failing = True
+            self._held_up = str(error)
         finally:
             self._changed.notify_all()
 
@@ -278,9 +298,12 @@ class Coordinator:
             case TrainingRow(summary):
                 self._file.append(effect)
                 self._instruments.tokens.inc(summary.tokens)
+                if summary.skipped or summary.step % self.config.log.every_steps == 0:
+                    self._log.info("trained", **values_of(effect))
             case ValidationRow(version):
                 self._file.append(effect)
                 self._validated.append(version)
+                self._log.info("validated", **values_of(effect))
             case DropRows(version):
                 self._file.drop_after(version)
                 self._store.drop_reports_after(version)
@@ -291,6 +314,18 @@ class Coordinator:
                 self._log.error("no checkpoint", version=version, reason=reason)
             case Note(text, is_warning):
                 (self._log.warning if is_warning else self._log.info)(text)
+
+
+def is_refused(address: str) -> bool:
+    """Whether the machine at `address` is there and says that nobody listens. Anything else proves nothing."""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=PROBE_SECONDS).close()
+    except ConnectionRefusedError:
+        return True
+    except (OSError, ValueError):
+        return False
+    return False
 
 
 _FAULTS: dict[Fault, type[RequestError]] = {
@@ -306,8 +341,6 @@ def _prepare_folder(run_dir: Path, config: Config) -> None:
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         if not resolved.exists():
-            temporary = resolved.with_suffix(".toml.tmp")
-            temporary.write_text(to_toml(config), encoding="utf-8")
-            temporary.replace(resolved)
+            replace_file(resolved, to_toml(config).encode())
     except OSError as error:
         raise UserError(f"cannot write into {run_dir}: {error.strerror}; free the disk, or give another --run-dir") from error

@@ -10,7 +10,7 @@ from shardlane import wire
 from shardlane.pb import coordinator_pb2
 
 
-def status_of(run: Run, now: float) -> coordinator_pb2.GetStatusResponse:
+def status_of(run: Run, now: float, waiting_for: str) -> coordinator_pb2.GetStatusResponse:
     """`run` must stand still meanwhile."""
     response = coordinator_pb2.GetStatusResponse(
         run_id=run.run_id,
@@ -20,7 +20,7 @@ def status_of(run: Run, now: float) -> coordinator_pb2.GetStatusResponse:
         version=run.version,
         last_step=run.end_version,
         tokens_per_second=run.steps.tokens_per_second,
-        waiting_for=run.waiting_for,
+        waiting_for=waiting_for,
         newest_checkpoint=run.checkpoint.version,
         validation_loss=run.validations.newest[1] if run.validations.newest else 0.0,
     )

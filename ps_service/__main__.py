@@ -9,8 +9,7 @@ from pathlib import Path
 
 from shardlane import logs
 from shardlane.flags import ServiceParser
-from shardlane.member import fetch_run
-from shardlane.process import Lifetime, prepare_process, run_main, write_ready_file
+from shardlane.process import Lifetime, exit_now, prepare_process, run_main, write_ready_file
 
 _POLL_SECONDS = 0.2
 
@@ -27,6 +26,8 @@ def parser(environment: Mapping[str, str]) -> ServiceParser:
 
 
 def main(arguments: list[str], environment: Mapping[str, str]) -> int:
+    from shardlane.member import fetch_run  # brings gRPC, which looks at its variables as it is loaded
+
     flags = parser(environment).parse(arguments, required=("--coordinator",))
     lifetime = Lifetime()
     lifetime.install_signals()
@@ -52,4 +53,4 @@ def main(arguments: list[str], environment: Mapping[str, str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_main("ps_service", lambda: main(sys.argv[1:], os.environ)))
+    exit_now(run_main("ps_service", lambda: main(sys.argv[1:], os.environ)))

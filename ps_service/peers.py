@@ -1,4 +1,4 @@
-"""Outboxes to the other shards: one thread and one connection each. A failed delivery is forgotten; the core sends it again."""
+"""Outboxes to the other shards: one thread and one connection each. A failed delivery is over; the core sends it again."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import grpc
 from torch import Tensor
 
 from ps_service import envelopes
-from ps_service.core.messages import Envelope, Message
+from ps_service.core.messages import Envelope
 from shardlane import rpc, wire
 from shardlane.ids import Incarnation, RunId
 from shardlane.pb import coordinator_pb2, ps_pb2
@@ -26,6 +26,7 @@ class Parcel:
 
     envelope: Envelope
     tensors: Sequence[Tensor] = ()
+    unpin: Callable[[], None] | None = None  # to be called under the shard's lock once they are not needed any more
 
 
 class Outbox:
@@ -37,13 +38,13 @@ class Outbox:
         address: str,
         run_id: RunId,
         *,
-        on_delivered: Callable[[Incarnation, list[Message]], None],
-        on_failed: Callable[[Incarnation], None],
+        on_done: Callable[[Incarnation, list[Parcel], bool], None],
         on_plan: Callable[[coordinator_pb2.Plan], None],
     ) -> None:
+        """`on_done` gets every parcel once, with whether the receiver has processed it: as far as is known here."""
         self.receiver = receiver
         self._run_id = run_id
-        self._on_delivered, self._on_failed, self._on_plan = on_delivered, on_failed, on_plan
+        self._on_done, self._on_plan = on_done, on_plan
         self._waiting: deque[Parcel] = deque()
         self._changed = threading.Condition()
         self._closed = False
@@ -65,24 +66,28 @@ class Outbox:
         self._channel.close()
 
     def _run(self) -> None:
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._waiting or self._closed)
-                parcels = list(self._waiting)
-                self._waiting.clear()
-                if self._closed:
-                    return
+        while (parcels := self._next()) is not None:
             try:
                 answer = self._client.Deliver(self._pieces(parcels), timeout=rpc.WAIT_SECONDS)
             except (grpc.RpcError, ValueError):  # ValueError: the channel was closed under the call
                 with self._changed:
-                    if self._changed.wait_for(lambda: self._closed, RETRY_SECONDS):
-                        return
-                self._on_failed(self.receiver)
+                    self._changed.wait_for(lambda: self._closed, RETRY_SECONDS)
+                self._on_done(self.receiver, parcels, False)
             else:
                 if answer.HasField("plan"):
                     self._on_plan(answer.plan)
-                self._on_delivered(self.receiver, [parcel.envelope.message for parcel in parcels])
+                self._on_done(self.receiver, parcels, True)
+        self._on_done(self.receiver, list(self._waiting), False)
+
+    def _next(self) -> list[Parcel] | None:
+        """All that waits, as soon as there is something; None: the outbox is closed."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._waiting or self._closed)
+            if self._closed:
+                return None
+            parcels = list(self._waiting)
+            self._waiting.clear()
+            return parcels
 
     def _pieces(self, parcels: list[Parcel]) -> Iterator[wire.Framed[ps_pb2.DeliverRequest]]:
         for parcel in parcels:

@@ -42,9 +42,7 @@ class Publications:
         with self._changed:
             return min(self._versions.values(), default=-1)
 
-    def wait_any(
-        self, chunks: Iterable[ChunkId], version: Version, *, generation: int, deadline: float
-    ) -> dict[ChunkId, Version]:
+    def wait_any(self, chunks: Iterable[ChunkId], version: Version, *, generation: int, deadline: float) -> list[ChunkId]:
         """Those of `chunks` whose published version is at least `version`, as soon as there is one.
 
         Empty at `deadline` (monotonic seconds) or when `generation` has passed.
@@ -54,11 +52,11 @@ class Publications:
             self.num_waiting += 1
             try:
                 while True:
-                    ready = {chunk: now for chunk in waited if (now := self._versions.get(chunk, -1)) >= version}
+                    ready = [chunk for chunk in waited if self._versions.get(chunk, -1) >= version]
                     if ready or self._generation != generation:
-                        return {chunk: Version(now) for chunk, now in ready.items()}
+                        return ready
                     remaining = deadline - time.monotonic()
                     if remaining <= 0 or not self._changed.wait(remaining):
-                        return {}
+                        return []
             finally:
                 self.num_waiting -= 1

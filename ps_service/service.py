@@ -10,7 +10,7 @@ from ps_service.peers import SERVICE
 from ps_service.servicer import ShardServicer
 from ps_service.shard import Shard
 from shardlane import rpc, wire
-from shardlane.errors import MalformedError, StaleError
+from shardlane.errors import MalformedError, StaleError, UserError
 from shardlane.ids import Incarnation, Version
 from shardlane.logs import logger
 from shardlane.member import Beat, Membership, RunInfo, new_incarnation
@@ -22,6 +22,7 @@ from shardlane.plan import Plan
 SUMMARIES_A_BEAT = 512
 FLUSH_SECONDS_MAX = 5.0  # for reports that the coordinator has not taken yet
 TICK_SECONDS = 1.0  # a shard that has not moved for so long sends again what may be lost
+STALLED_TICKS = 15  # without a step, and the log says what is missing
 PUSHES_MAX = 32  # push streams served at a time, each with one chunk in memory
 PULLS_MAX = 64  # pulls that wait or stream at a time; further ones queue
 DELIVERIES_MAX = 32  # other shards that deliver at a time
@@ -69,6 +70,7 @@ class ShardService:
             run_id=run.run_id,
         )
         self._stopping = threading.Event()
+        self._failure: UserError | None = None
         self._ticker = threading.Thread(target=self._tick, name="tick", daemon=True)
 
     def start(self) -> None:
@@ -80,7 +82,9 @@ class ShardService:
 
     @property
     def run_has_ended(self) -> bool:
-        """As far as it is known here."""
+        """As far as it is known here. Raises `UserError` if this shard cannot do what a plan says, such as load a checkpoint."""
+        if self._failure is not None:
+            raise self._failure
         return self._membership.state in (coordinator_pb2.RUN_STATE_FINISHED, coordinator_pb2.RUN_STATE_FAILED)
 
     @property
@@ -100,11 +104,11 @@ class ShardService:
     # ---- membership ----------------------------------------------------------------------------------------------------
 
     def _beat(self) -> Beat:
-        plan = self.shard.plan
+        number, caught_up = self.shard.caught_up()
         version = self.shard.publications.oldest()
-        activity = "waiting for a plan" if plan is None else f"version {version}"
+        activity = "waiting for a plan" if number is None else f"version {version}"
         steps = self.shard.unacknowledged(SUMMARIES_A_BEAT)
-        return Beat(None if plan is None else plan.number, Version(max(version, 0)), steps, activity)
+        return Beat(number, Version(max(version, 0)), steps, activity, caught_up)
 
     def _on_reply(self, reply: coordinator_pb2.HeartbeatResponse) -> None:
         self.shard.acknowledge(reply.acknowledged_steps)
@@ -116,6 +120,8 @@ class ShardService:
             self.shard.adopt(plan)
         except StaleError as error:
             self._log.error(str(error))
+        except UserError as error:
+            self._failure = error
 
     def _on_peers_plan(self, plan: coordinator_pb2.Plan) -> None:
         try:
@@ -129,9 +135,12 @@ class ShardService:
         self._membership.report_checkpoint(report)
 
     def _tick(self) -> None:
-        before = -2
+        before, num_idle = -2, 0
         while not self._stopping.wait(TICK_SECONDS):
             now = self.shard.publications.oldest()
-            if now == before:
+            num_idle = num_idle + 1 if now == before else 0
+            if num_idle:
                 self.shard.tick()
+            if num_idle == STALLED_TICKS and now >= 0:
+                self._log.info("no step for a while", waits_for=self.shard.waits_for())
             before = now

@@ -152,13 +152,17 @@ class ShardServicer:
             ready = self._shard.publications.wait_any(waiting, version, generation=generation, deadline=deadline)
             if not ready:
                 return
-            for chunk, now in ready.items():
+            for chunk in ready:
                 del waiting[chunk]
-                yield from self._chunk(chunk, version, now)
+                yield from self._chunk(chunk, version)
 
-    def _chunk(self, chunk: ChunkId, version: Version, now: Version) -> Iterator[wire.Framed[ps_pb2.PullResponse]]:
-        with self._shard.store.parameter_at(chunk, version) as parameter:
-            if parameter is None:
+    def _chunk(self, chunk: ChunkId, version: Version) -> Iterator[wire.Framed[ps_pb2.PullResponse]]:
+        """The version was published; by now the chunk may be past it, or gone with a plan: then it is asked for again."""
+        with self._shard.store.parameter_of(chunk) as found:
+            if found is None:
+                return
+            now, parameter = found
+            if now != version:
                 yield wire.Framed(ps_pb2.PullResponse(chunk=chunk, version=now, outcome=ps_pb2.PULL_OUTCOME_SUPERSEDED))
                 return
             view = byte_view(parameter)

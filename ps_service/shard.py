@@ -46,7 +46,7 @@ from ps_service.store import TensorStore
 from shardlane.checkpoint import CheckpointReader
 from shardlane.config import Config
 from shardlane.errors import CheckpointError
-from shardlane.ids import ChunkId, Incarnation, RunId, Step, Timeline
+from shardlane.ids import ChunkId, Incarnation, PlanNumber, RunId, Step, Timeline
 from shardlane.initialise import initial_chunk
 from shardlane.logs import logger
 from shardlane.manifest import checkpoint_folder
@@ -72,7 +72,7 @@ class Shard:
         on_plan: Callable[[coordinator_pb2.Plan], None],
         on_milestone: Callable[[], None],
     ) -> None:
-        """`on_plan` gets plans that peers attach to their answers; `on_milestone` is called when a checkpoint is begun."""
+        """`on_plan` gets plans that peers attach to their answers; `on_milestone` hears that the next heartbeat has news."""
         self.me, self.config, self.run_id = me, config, run_id
         self.layout = Layout.of(config)
         self.store = TensorStore(config, self.layout)
@@ -147,10 +147,20 @@ class Shard:
         with self._lock:
             self._core.requests |= bits
 
+    def waits_for(self) -> str:
+        with self._lock:
+            return self._core.waits_for()
+
     def close(self) -> None:
         self._snapshots.close()
         for outbox in self._outboxes.values():
             outbox.close()
+
+    def caught_up(self) -> tuple[PlanNumber | None, list[tuple[ChunkId, Incarnation]]]:
+        """The plan here, and the learners that have caught up in it."""
+        with self._lock:
+            plan = self._core.plan
+            return (None, []) if plan is None else (plan.number, self._core.caught_up())
 
     # ---- what the coordinator is told ----------------------------------------------------------------------------------
 
@@ -175,19 +185,18 @@ class Shard:
                     peer,
                     plan.addresses[peer],
                     self.run_id,
-                    on_delivered=self._on_delivered,
-                    on_failed=self._on_failed,
+                    on_done=self._on_done,
                     on_plan=self._on_plan,
                 )
 
-    def _on_delivered(self, peer: Incarnation, messages: list[Message]) -> None:
+    def _on_done(self, peer: Incarnation, parcels: list[Parcel], is_delivered: bool) -> None:
         with self._lock:
-            for message in messages:
-                self._core.on_delivered(peer, message)
-
-    def _on_failed(self, peer: Incarnation) -> None:
-        with self._lock:
-            if self._core.plan is not None:
+            for parcel in parcels:
+                if parcel.unpin is not None:
+                    parcel.unpin()
+                if is_delivered:
+                    self._core.on_delivered(peer, parcel.envelope.message)
+            if not is_delivered and self._core.plan is not None:
                 effects = self._core.on_tick()
                 self._do([each for each in effects if isinstance(each, Send) and each.to == peer])
 
@@ -231,7 +240,7 @@ class Shard:
                     self._snapshots.take(effect.version, effect.chunks)
                     self._on_milestone()
                 case AskInSync():
-                    self.log.info("learner is in sync", chunk=effect.chunk, learner=effect.learner)
+                    self._on_milestone()  # the heartbeat tells (`caught_up`)
                 case Alarm():
                     self.instruments.alarms.inc()
                     self.log.error(effect.text)
@@ -261,17 +270,26 @@ class Shard:
         outbox = self._outboxes.get(effect.to)
         if outbox is None:
             return
-        message = effect.envelope.message
-        tensors: list[Tensor] = []
-        if isinstance(message, Replicate):
-            tensors.append(self.store.pin_sum(message.record.chunk))
-        elif isinstance(message, Refill):
-            image = self.store.pin_image(message.chunk)
-            message = replace(message, num_steps=image.num_steps)
-            tensors += image.tensors.values()
-            if message.closed is not None:
-                tensors.append(self.store.pin_sum(message.chunk))
-        outbox.put(Parcel(replace(effect.envelope, message=message), tensors))
+        match effect.envelope.message:
+            case Replicate(record=record):
+                total = self.store.pin_sum(record.chunk)
+                outbox.put(Parcel(effect.envelope, [total], unpin=lambda: self.store.unpin_sum(record.chunk, total)))
+            case Refill() as message:
+                outbox.put(self._pack_refill(effect.envelope, message))
+            case _:
+                outbox.put(Parcel(effect.envelope))
+
+    def _pack_refill(self, envelope: Envelope, message: Refill) -> Parcel:
+        chunk, image = message.chunk, self.store.pin_image(message.chunk)
+        total = self.store.pin_sum(chunk) if message.closed is not None else None
+
+        def unpin() -> None:
+            self.store.unpin_image(chunk, image)
+            if total is not None:
+                self.store.unpin_sum(chunk, total)
+
+        tensors = [*image.tensors.values(), *([] if total is None else [total])]
+        return Parcel(replace(envelope, message=replace(message, num_steps=image.num_steps)), tensors, unpin)
 
     def _announce(self, effect: Announce) -> None:
         decision = effect.decision

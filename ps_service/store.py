@@ -57,6 +57,7 @@ class TensorStore:
         self._num_lanes = config.train.lanes
         self.pool = BufferPool(keep_bytes_max=POOL_BYTES_MAX)
         self.chunks: dict[ChunkId, StoredChunk] = {}
+        self._left_sums: dict[int, int] = {}  # sums that were dropped while still being read: address → readers
 
     # ---- state ---------------------------------------------------------------------------------------------------------
 
@@ -83,9 +84,7 @@ class TensorStore:
                 self._leave_to_readers(stored)
                 stored.optimizer.apply(stored.sum, scale=effect.scale, learning_rate=effect.learning_rate)
             stored.version = Version(effect.step + 1)
-        if not stored.sum_pins:
-            self.pool.give(stored.sum)
-        stored.sum = None
+        self._drop_sum(stored)
 
     def _leave_to_readers(self, stored: StoredChunk) -> None:
         optimizer = stored.optimizer
@@ -97,8 +96,9 @@ class TensorStore:
             stored.state_pins = 0
         if stored.sum_pins:
             assert stored.sum is not None
-            stored.sum = stored.sum.clone()
-            stored.sum_pins = 0
+            copy = self.pool.take(stored.sum.numel()).copy_(stored.sum)
+            self._drop_sum(stored)
+            stored.sum = copy
 
     # ---- sums ----------------------------------------------------------------------------------------------------------
 
@@ -137,9 +137,16 @@ class TensorStore:
             self.pool.give(values)
         stored.partials.clear()
         if stored.sum is not None and not keep_closed:
-            if not stored.sum_pins:
-                self.pool.give(stored.sum)
-            stored.sum, stored.sum_pins = None, 0
+            self._drop_sum(stored)
+
+    def _drop_sum(self, stored: StoredChunk) -> None:
+        """Whoever is the last to read it gives it back."""
+        assert stored.sum is not None
+        if stored.sum_pins:
+            self._left_sums[stored.sum.data_ptr()] = stored.sum_pins
+        else:
+            self.pool.give(stored.sum)
+        stored.sum, stored.sum_pins = None, 0
 
     @property
     def num_sum_bytes(self) -> int:
@@ -150,25 +157,21 @@ class TensorStore:
     # ---- readers -------------------------------------------------------------------------------------------------------
 
     @contextmanager
-    def parameter_at(self, chunk: ChunkId, version: Version) -> Iterator[Tensor | None]:
-        """The chunk's parameters, fp32 [num_elements], unchanging while the context lasts; None if it is not at `version`."""
+    def parameter_of(self, chunk: ChunkId) -> Iterator[tuple[Version, Tensor] | None]:
+        """The chunk's version and parameters, fp32 [num_elements], unchanging while the context lasts; None: it is not here."""
         stored = self.chunks.get(chunk)
         if stored is None:
             yield None
             return
         with stored.lock:
-            if stored.version != version:
-                parameter = None
-            else:
-                parameter = stored.optimizer.parameter.detach()
-                stored.parameter_pins += 1
+            version, parameter = stored.version, stored.optimizer.parameter.detach()
+            stored.parameter_pins += 1
         try:
-            yield parameter
+            yield version, parameter
         finally:
-            if parameter is not None:
-                with stored.lock:
-                    if stored.optimizer.parameter.data_ptr() == parameter.data_ptr():
-                        stored.parameter_pins -= 1
+            with stored.lock:
+                if stored.optimizer.parameter.data_ptr() == parameter.data_ptr():
+                    stored.parameter_pins -= 1
 
     def pin_image(self, chunk: ChunkId) -> ChunkImage:
         """The chunk as it is now, for a checkpoint or a refill; give it back by `unpin_image`."""
@@ -188,8 +191,18 @@ class TensorStore:
                 stored.state_pins -= 1
 
     def pin_sum(self, chunk: ChunkId) -> Tensor:
-        """The chunk's sum for a backup; a sum that is still on its way when it is applied is left to the reader."""
+        """The chunk's sum for a backup, unchanging until `unpin_sum`: if it is applied meanwhile, a copy of it is."""
         stored = self.chunks[chunk]
         assert stored.sum is not None
         stored.sum_pins += 1
         return stored.sum
+
+    def unpin_sum(self, chunk: ChunkId, values: Tensor) -> None:
+        stored, address = self.chunks.get(chunk), values.data_ptr()
+        if address in self._left_sums:
+            self._left_sums[address] -= 1
+            if not self._left_sums[address]:
+                del self._left_sums[address]
+                self.pool.give(values)
+        elif stored is not None and stored.sum is values:
+            stored.sum_pins -= 1

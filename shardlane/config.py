@@ -166,7 +166,13 @@ class ClusterConfig(Section):
     stages: int = Field(1, ge=1, le=1024, description="P: pipeline stages")
     replicas: int = Field(1, ge=1, le=1024, description="R: chains of workers; at most `train.lanes`")
     shards: int = Field(1, ge=1, le=1024, description="S: parameter shards")
+    replication: int = Field(0, ge=0, le=8, description="copies of each chunk, at most S; 0: two where there are two shards")
     lease_seconds: float = Field(10.0, ge=1, description="a member silent for longer is taken for dead")
+
+    @property
+    def num_copies(self) -> int:
+        """Of each chunk, while all shards are there."""
+        return min(self.replication or 2, self.shards)
 
 
 class NumericsConfig(Section):
@@ -186,7 +192,7 @@ class TransportConfig(Section):
 class LogConfig(Section):
     level: Literal["debug", "info", "warning", "error"] = "info"
     format: Literal["text", "json"] = "text"
-    every_steps: int = Field(1, ge=1, description="steps a line on the terminal; metrics.jsonl has every step")
+    every_steps: int = Field(1, ge=1, description="steps a line, on a terminal and in the coordinator's log")
 
 
 class Config(Section):

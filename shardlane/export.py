@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor
@@ -43,8 +44,9 @@ def export_hugging_face(
         _write_json(partial / "generation_config.json", {"_from_model_config": True, "eos_token_id": end_of_text})
         _write_tensors(pairs, config, partial)
         partial.replace(out)
-    except OSError as error:
-        raise UserError(f"cannot write the export {out}: {error.strerror or error}") from error
+    except (OSError, SafetensorError) as error:  # the latter of a full disk, too
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"cannot write the export {out}: {reason}; free the disk, or export to another place") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -72,14 +74,23 @@ def llama_config(config: Config, end_of_text: int | None) -> dict[str, Any]:
     }
 
 
-def _write_tokenizer(file: Path, config: Config, folder: Path) -> int | None:
-    """Copies the tokenizer; returns the id of its end of text, if it has one."""
+def read_tokenizer(file: Path, config: Config) -> Tokenizer:
+    """Raises `DataError` if it is unreadable, or has more tokens than the model."""
     try:
         tokenizer = Tokenizer.from_file(str(file))
     except Exception as error:  # tokenizers raises plain Exception, for a missing file too
-        raise DataError(f"cannot read the tokenizer {file}: {error}") from error
+        raise DataError(f"cannot read the tokenizer {file}: {error}; bring the run's data back, or set data.path") from error
     if (size := tokenizer.get_vocab_size()) > config.model.vocab_size:
-        raise DataError(f"the tokenizer {file} has {size} tokens, more than model.vocab_size {config.model.vocab_size}")
+        raise DataError(
+            f"the tokenizer {file} has {size} tokens, more than model.vocab_size {config.model.vocab_size};"
+            " it is of another run's data"
+        )
+    return tokenizer
+
+
+def _write_tokenizer(file: Path, config: Config, folder: Path) -> int | None:
+    """Copies the tokenizer; returns the id of its end of text, if it has one."""
+    tokenizer = read_tokenizer(file, config)
     shutil.copyfile(file, folder / "tokenizer.json")
     end_of_text: int | None = tokenizer.token_to_id(END_OF_TEXT)
     names = {"eos_token": END_OF_TEXT} if end_of_text is not None else {}

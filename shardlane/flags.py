@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import ipaddress
 from collections.abc import Mapping
+from typing import NoReturn
 
 from shardlane.errors import UserError
 
@@ -16,7 +17,7 @@ class ServiceParser:
 
     def __init__(self, prog: str, description: str, environment: Mapping[str, str], epilog: str = "") -> None:
         epilog = f"Each flag may be given as a variable, such as SHARDLANE_BIND. {epilog}"
-        self._parser = argparse.ArgumentParser(prog=prog, description=description, epilog=epilog, allow_abbrev=False)
+        self._parser = _Parser(prog=prog, description=description, epilog=epilog, allow_abbrev=False)
         self._environment = environment
 
     def text(self, flag: str, default: str, help: str) -> None:
@@ -41,7 +42,7 @@ class ServiceParser:
         self.text("--run-id", "", "the run to join; default: whichever the coordinator runs")
 
     def parse(self, arguments: list[str], *, required: tuple[str, ...]) -> argparse.Namespace:
-        """Exits with usage on an unknown flag. Raises `UserError` for a missing one or an open plain-text bind."""
+        """Raises `UserError` for an unknown or a missing flag, an address that is none, or an open plain-text bind."""
         flags = self._parser.parse_args(arguments)
         return self._checked(flags, required)
 
@@ -54,6 +55,8 @@ class ServiceParser:
         for flag in required:
             if not getattr(flags, flag.removeprefix("--").replace("-", "_")):
                 raise UserError(f"{flag} is missing, and so is {_variable(flag)}; give one of them")
+        if (coordinator := getattr(flags, "coordinator", "")) and not _is_address(coordinator):
+            raise UserError(f"--coordinator is {coordinator!r}; expected host:port")
         if not flags.insecure and not is_loopback(flags.bind):
             raise UserError(
                 f"--bind {flags.bind} can be reached from other machines, in plain text; add --insecure, or bind 127.0.0.1"
@@ -61,8 +64,20 @@ class ServiceParser:
         return flags
 
 
+class _Parser(argparse.ArgumentParser):
+    """A mistake is one line, as everywhere, and not the usage of every flag."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see --help")
+
+
 def _variable(flag: str) -> str:
     return f"SHARDLANE_{flag.removeprefix('--').replace('-', '_').upper()}"
+
+
+def _is_address(text: str) -> bool:
+    host, _, port = text.rpartition(":")
+    return bool(host) and port.isdecimal()
 
 
 def is_loopback(bind: str) -> bool:

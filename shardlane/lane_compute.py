@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from shardlane.config import Config, TrainConfig
 from shardlane.data import TokenFile
@@ -65,7 +65,7 @@ def run_stage(stage: Stage, x: Tensor, precision: Literal["fp32", "bf16"], targe
         return out if targets is None else token_loss_sum(out, targets)
 
 
-def take_gradient(leaf: nn.Parameter) -> Tensor:
+def take_gradient(leaf: Tensor) -> Tensor:
     """Moves a lane's gradient out of a leaf, which then has none: the next lane's first addend is not added to zeros."""
     gradient = leaf.grad
     if gradient is None:

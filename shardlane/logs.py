@@ -15,7 +15,7 @@ import json
 import logging
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import structlog
 from structlog.typing import EventDict, FilteringBoundLogger, WrappedLogger
@@ -54,11 +54,11 @@ def configure(log: LogConfig, file: Path | None = None, *, to_stderr: bool = Tru
     `context`, such as `run=…, role=…, rank=…`, goes on every line that does not say otherwise, so on those of libraries too.
     Raises `UserError` if the file cannot be written.
     """
-    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)] if to_stderr else []
+    handlers: list[logging.Handler] = [_Lines(sys.stderr)] if to_stderr else []
     if file is not None:
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
-            handlers.append(logging.FileHandler(file, encoding="utf-8"))
+            handlers.append(_FileLines(file, encoding="utf-8"))
         except OSError as error:
             raise UserError(f"cannot write the log {file}: {error.strerror}") from error
     root = logging.getLogger()
@@ -74,6 +74,18 @@ def configure(log: LogConfig, file: Path | None = None, *, to_stderr: bool = Tru
         root.addHandler(handler)
         _installed.append(handler)
     root.setLevel(log.level.upper())
+
+
+class _Lines(logging.StreamHandler[TextIO]):
+    """Lines that a full disk does not take are lost, without a traceback for each."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)
+
+
+class _FileLines(logging.FileHandler, _Lines):
+    """The same in a file."""
 
 
 def _formatter(form: str) -> logging.Formatter:

@@ -13,7 +13,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -206,14 +206,23 @@ def checkpoint_folder(root: Path, version: Version) -> Path:
     return root / f"step-{version:08d}"
 
 
-def list_complete(root: Path, on_skipped: Callable[[Path, str], None] | None = None) -> list[tuple[Version, Path]]:
-    """Complete checkpoints, oldest first. `on_skipped` hears of each folder that is none, and why."""
-    return [(version, folder) for version, folder in reversed(_folders(root)) if _is_complete(version, folder, on_skipped)]
+def list_complete(root: Path) -> list[tuple[Version, Path]]:
+    """Complete checkpoints, oldest first."""
+    return [(version, folder) for version, folder in reversed(_folders(root)) if _is_complete(version, folder)]
 
 
-def newest_complete(root: Path, on_skipped: Callable[[Path, str], None] | None = None) -> Path | None:
-    """The newest complete checkpoint. `on_skipped` hears of each newer folder that is none, and why."""
-    return next((folder for version, folder in _folders(root) if _is_complete(version, folder, on_skipped)), None)
+def newest_complete(root: Path) -> Path | None:
+    """The newest complete checkpoint; folders without a manifest, of writes that were cut short, are passed over.
+
+    Raises `CheckpointError` if there is a newer one that is damaged: to go on from an older one would overwrite, step by step,
+    what may yet be restored.
+    """
+    for version, folder in _folders(root):
+        if (folder / MANIFEST).exists():
+            if (found := read_complete(folder).version) != version:
+                raise CheckpointError(f"{folder} holds version {found}; rename it back, or move it elsewhere")
+            return folder
+    return None
 
 
 def prune(root: Path, keep_last: int) -> list[Path]:
@@ -322,17 +331,11 @@ def _folders(root: Path) -> list[tuple[Version, Path]]:
     return sorted(((Version(int(match[1])), folder) for match, folder in matches if match), reverse=True)
 
 
-def _is_complete(version: Version, folder: Path, on_skipped: Callable[[Path, str], None] | None) -> bool:
+def _is_complete(version: Version, folder: Path) -> bool:
     try:
-        manifest = read_complete(folder)
-        if manifest.version == version:
-            return True
-        reason = f"{folder} holds version {manifest.version}; the folder was renamed"
-    except CheckpointError as error:
-        reason = str(error)
-    if on_skipped is not None:
-        on_skipped(folder, reason)
-    return False
+        return read_complete(folder).version == version
+    except CheckpointError:
+        return False
 
 
 def _check_parts(folder: Path, manifest: Manifest) -> None:

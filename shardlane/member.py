@@ -22,7 +22,7 @@ from shardlane import config as configs
 from shardlane import rpc, wire
 from shardlane.config import Config
 from shardlane.errors import MalformedError, UnreachableError
-from shardlane.ids import PROTOCOL_VERSION, Incarnation, PlanNumber, RunId, Version
+from shardlane.ids import PROTOCOL_VERSION, ChunkId, Incarnation, PlanNumber, RunId, Version
 from shardlane.logs import logger
 from shardlane.pb import coordinator_pb2
 from shardlane.plan import Plan, Role
@@ -54,6 +54,7 @@ class Beat:
     version: Version
     steps: Sequence[coordinator_pb2.StepSummary] = ()
     activity: str = ""
+    caught_up: Sequence[tuple[ChunkId, Incarnation]] = ()  # learners that a primary waits for
 
 
 def new_incarnation(role: Role) -> Incarnation:
@@ -77,7 +78,7 @@ def fetch_run(coordinator: str, *, run_id: str = "", patience_seconds: float = 6
                 break
             except UnreachableError as error:
                 if time.monotonic() >= end:
-                    raise UnreachableError(f"{error}; gave up after {patience_seconds:g} s") from error
+                    raise UnreachableError(f"gave up after {patience_seconds:g} s: {error}") from error
                 if not has_said:
                     logger(role="member").info("waiting for the coordinator", coordinator=coordinator)
                 has_said = True
@@ -222,6 +223,7 @@ class Membership:
             version=beat.version,
             steps=beat.steps,
             activity=beat.activity[:64],
+            caught_up=[coordinator_pb2.CaughtUp(chunk=chunk, learner=learner) for chunk, learner in beat.caught_up],
         )
         try:
             reply = self._beat_client.Heartbeat(request, timeout=BEAT_DEADLINE_SECONDS)

@@ -19,6 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from shardlane.config import ModelConfig
 from shardlane.partition import StageLayers
+from shardlane.weight_gradients import WeightGradients
 
 Rotary: TypeAlias = tuple[Tensor, Tensor]  # cosines and sines, each fp32 [T, D]
 
@@ -36,6 +37,27 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class Linear(nn.Linear):
+    """x · weightᵀ. With `put_off`, a backward pass leaves the weight's gradient there."""
+
+    put_off: WeightGradients | None = None
+
+    def __init__(self, num_in: int, num_out: int) -> None:
+        super().__init__(num_in, num_out, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if self.put_off is None else self.put_off.linear(x, self.weight)
+
+
+class Embedding(nn.Embedding):
+    """weight[ids]. With `put_off`, a backward pass leaves the weight's gradient there."""
+
+    put_off: WeightGradients | None = None
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return super().forward(ids) if self.put_off is None else self.put_off.embedding(ids, self.weight)
 
 
 def rotary_tables(seq_len: int, head_dim: int, theta: float, device: torch.device) -> Rotary:
@@ -59,10 +81,10 @@ class Attention(nn.Module):
         super().__init__()
         self.head_dim = model.head_dim
         key_value_size = model.num_key_value_heads * model.head_dim
-        self.q_proj = nn.Linear(model.hidden_size, model.hidden_size, bias=False)
-        self.k_proj = nn.Linear(model.hidden_size, key_value_size, bias=False)
-        self.v_proj = nn.Linear(model.hidden_size, key_value_size, bias=False)
-        self.o_proj = nn.Linear(model.hidden_size, model.hidden_size, bias=False)
+        self.q_proj = Linear(model.hidden_size, model.hidden_size)
+        self.k_proj = Linear(model.hidden_size, key_value_size)
+        self.v_proj = Linear(model.hidden_size, key_value_size)
+        self.o_proj = Linear(model.hidden_size, model.hidden_size)
 
     def forward(self, x: Tensor, rotary: Rotary) -> Tensor:
         q = rotate(self._heads(self.q_proj(x)), rotary)  # [B, N, T, D]
@@ -83,9 +105,9 @@ class MLP(nn.Module):
 
     def __init__(self, model: ModelConfig) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(model.hidden_size, model.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(model.hidden_size, model.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(model.intermediate_size, model.hidden_size, bias=False)
+        self.gate_proj = Linear(model.hidden_size, model.intermediate_size)
+        self.up_proj = Linear(model.hidden_size, model.intermediate_size)
+        self.down_proj = Linear(model.intermediate_size, model.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))  # [B, T, I] -> [B, T, H]
@@ -112,7 +134,7 @@ class Decoder(nn.Module):
     def __init__(self, model: ModelConfig, layers: StageLayers) -> None:
         super().__init__()
         self.head_dim, self.rope_theta = model.head_dim, model.rope_theta
-        self.embed_tokens = nn.Embedding(model.vocab_size, model.hidden_size) if layers.is_first else None
+        self.embed_tokens = Embedding(model.vocab_size, model.hidden_size) if layers.is_first else None
         self.layers = nn.ModuleDict({str(layer): DecoderLayer(model) for layer in range(layers.first, layers.end)})
         self.norm = RMSNorm(model.hidden_size, model.rms_norm_eps) if layers.is_last else None
 
@@ -135,7 +157,7 @@ class Stage(nn.Module):
     def __init__(self, model: ModelConfig, layers: StageLayers) -> None:
         super().__init__()
         self.model = Decoder(model, layers)
-        self.lm_head = nn.Linear(model.hidden_size, model.vocab_size, bias=False) if layers.is_last else None
+        self.lm_head = Linear(model.hidden_size, model.vocab_size) if layers.is_last else None
 
     @classmethod
     def empty(cls, model: ModelConfig, layers: StageLayers, device: torch.device | str) -> Stage:
@@ -143,6 +165,15 @@ class Stage(nn.Module):
         with torch.device("meta"):
             stage = cls(model, layers)
         return stage.to_empty(device=device)
+
+    def put_off_weight_gradients(self) -> WeightGradients:
+        """From now on a backward pass leaves the gradients of products and embedding pending; norms get theirs at once."""
+        pending = WeightGradients()
+        for module in self.modules():
+            if isinstance(module, Linear | Embedding):
+                module.put_off = pending
+                pending.weights.append(module.weight)
+        return pending
 
     def forward(self, x: Tensor) -> Tensor:
         """x: int64 token ids [B, T] in a first stage, else hidden states [B, T, H] of the stage before.

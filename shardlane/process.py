@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import faulthandler
 import json
+import logging
 import os
 import signal
 import sys
@@ -16,9 +18,10 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 from shardlane.errors import ShardlaneError, UserError
+from shardlane.files import replace_file
 
 MALLOC_OPTIONS = {"TRIM_THRESHOLD": (-1, 1 << 30), "TOP_PAD": (-2, 64 << 20), "MMAP_THRESHOLD": (-3, 32 << 20)}
 """glibc's `mallopt` (parameter, bytes). Memory once touched is kept and used again: a first touch costs eight times a second
@@ -67,7 +70,8 @@ class Lifetime:
         self.stop_requested = threading.Event()
 
     def install_signals(self) -> None:
-        """From the main thread only."""
+        """From the main thread only. SIGUSR1 writes every thread's stack to stderr: where a process hangs."""
+        faulthandler.register(signal.SIGUSR1)
         signal.signal(signal.SIGTERM, self._on_signal)
         signal.signal(signal.SIGINT, self._on_signal)
 
@@ -112,13 +116,11 @@ def _is_running(pid: int) -> bool:
 
 def write_ready_file(path: Path, values: Mapping[str, Any]) -> None:
     """Says, atomically, that this process serves and where. Raises `UserError`."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(dict(values)) + "\n", encoding="utf-8")
-        temporary.replace(path)
+        replace_file(path, (json.dumps(dict(values)) + "\n").encode())
     except OSError as error:
-        raise UserError(f"cannot write the ready file {path}: {error.strerror}") from error
+        raise UserError(f"cannot write the ready file {path}: {error.strerror}; name another place") from error
 
 
 def run_main(name: str, main: Callable[[], int]) -> int:
@@ -128,7 +130,17 @@ def run_main(name: str, main: Callable[[], int]) -> int:
     try:
         return main()
     except ShardlaneError as error:
-        print(f"{name}: {error}", file=sys.stderr)
+        with contextlib.suppress(OSError):  # a log on a full disk; the status says enough
+            print(f"{name}: {error}", file=sys.stderr, flush=True)
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
         return _EXIT_INTERRUPTED
+
+
+def exit_now(status: int) -> NoReturn:
+    """Ends the process at once: everything that matters is written, and the interpreter takes seconds to take torch apart."""
+    logging.shutdown()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):
+            stream.flush()
+    os._exit(status)

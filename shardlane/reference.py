@@ -66,6 +66,7 @@ class Reference:
         if config.validation.num_micro_batches:
             tokens.held_out.num_windows(config.train.seq_len)
         self._stage = Stage.empty(config.model, whole_model(config.model), self.device)
+        self._weight_gradients = self._stage.put_off_weight_gradients()
         self._leaves = dict(self._stage.named_parameters())
         self._chunks = [self._initial(chunk) for chunk in self.layout.chunks]
         self._fill_leaves()
@@ -167,7 +168,8 @@ class Reference:
                 chunk.apply(total, scale=clip.scale, learning_rate=rate)
             self._fill_leaves()
         mean_loss = tree_sum(losses) / num_tokens if num_tokens else math.nan
-        return {"step": step, "loss": mean_loss, "grad_norm": clip.grad_norm, "lr": rate, "tokens": num_tokens}
+        row: Row = {"step": step, "loss": mean_loss, "grad_norm": clip.grad_norm, "lr": rate, "tokens": num_tokens}
+        return row if clip.finite else {**row, "skipped": True}
 
     def _run_lane(self, step: int, index: int) -> tuple[float, int]:
         """Leaves the lane's gradients in the leaves; the sum of its token losses, and its tokens."""
@@ -177,6 +179,7 @@ class Reference:
             targets = targets_of(windows, self.device)
             loss = run_stage(self._stage, inputs_of(windows, self.device), self.config.numerics.precision, targets)
             loss.backward()
+            self._weight_gradients.add_all()
             total += loss.item()
             num_tokens += count_targets(targets)
         return total, num_tokens

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import socket
-import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -237,26 +236,31 @@ def handler(
 class Server:
     """A gRPC server with health checking and reflection. `port` is the one that was bound (0 asks for any free one)."""
 
-    def __init__(self, bind: str, handlers: Mapping[str, grpc.GenericRpcHandler], *, threads: int = 16) -> None:
-        """`handlers` by full service name. Raises `UserError` if `bind` cannot be bound."""
-        self._server = grpc.server(
-            ThreadPoolExecutor(threads, thread_name_prefix="rpc"), handlers=list(handlers.values()), options=_SERVER_OPTIONS
-        )
+    def __init__(self, bind: str, handlers: Mapping[str, grpc.GenericRpcHandler] | None = None, *, threads: int = 16) -> None:
+        """`handlers` by full service name; `add` gives more. Raises `UserError` if `bind` cannot be bound."""
+        self._server = grpc.server(ThreadPoolExecutor(threads, thread_name_prefix="rpc"), options=_SERVER_OPTIONS)
         self._health = health.HealthServicer(
             experimental_non_blocking=True, experimental_thread_pool=ThreadPoolExecutor(4, thread_name_prefix="health")
         )
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        names = (*handlers, health.SERVICE_NAME, reflection.SERVICE_NAME)
-        reflection.enable_server_reflection(names, self._server)
-        for name in ("", *handlers):
-            self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
+        self._names = [health.SERVICE_NAME, reflection.SERVICE_NAME]
+        self._health.set("", health_pb2.HealthCheckResponse.SERVING)
+        for name, handler in (handlers or {}).items():
+            self.add(name, handler)
         try:
             self.port: int = self._server.add_insecure_port(bind)
         except RuntimeError as error:
-            raise UserError(f"cannot listen on {bind}: the port is in use or the address is not this machine's") from error
-        self._stopped = threading.Event()
+            reason = "the port is in use, or the address is not this machine's"
+            raise UserError(f"cannot listen on {bind}: {reason}; free it, or give another --bind") from error
+
+    def add(self, name: str, handler: grpc.GenericRpcHandler) -> None:
+        """One more service, before `start`."""
+        self._server.add_generic_rpc_handlers((handler,))
+        self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
+        self._names.append(name)
 
     def start(self) -> None:
+        reflection.enable_server_reflection(self._names, self._server)
         self._server.start()
 
     def stop(self, grace_seconds: float = 1.0) -> None:

@@ -21,8 +21,8 @@ from shardlane.pb import coordinator_pb2, tensor_pb2
 from shardlane.plan import Member, Placement, Plan, Replica
 
 PAYLOAD_FIELD = 15
-PAYLOAD_BYTES = 1 << 20  # bytes of values in a message that we send
-PAYLOAD_BYTES_MAX = 2 << 20  # and the most that we take
+PAYLOAD_BYTES = 4 << 20
+PAYLOAD_BYTES_MAX = 8 << 20
 MESSAGE_BYTES_MAX = 16 << 20  # of any message: a plan of 65,536 chunks fits
 
 H = TypeVar("H", bound=Message)

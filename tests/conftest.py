@@ -45,7 +45,10 @@ def _no_docker() -> str:
         answer = subprocess.run(["docker", "info"], capture_output=True, text=True, timeout=20, check=False)
     except subprocess.TimeoutExpired:
         return "docker info did not answer within 20 s"
-    return "" if answer.returncode == 0 else "no engine answers docker info"
+    if answer.returncode:
+        return "no engine answers docker info"
+    compose = subprocess.run(["docker", "compose", "version"], capture_output=True, text=True, timeout=20, check=False)
+    return "" if compose.returncode == 0 else "the docker client has no compose"
 
 
 @functools.cache

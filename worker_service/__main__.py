@@ -10,8 +10,7 @@ from pathlib import Path
 from shardlane import logs
 from shardlane.errors import UserError
 from shardlane.flags import ServiceParser
-from shardlane.member import fetch_run
-from shardlane.process import Lifetime, prepare_process, run_main, write_ready_file
+from shardlane.process import Lifetime, exit_now, prepare_process, run_main, write_ready_file
 
 _POLL_SECONDS = 0.2
 _DEVICES = ("auto", "cpu", "cuda")
@@ -29,6 +28,8 @@ def parser(environment: Mapping[str, str]) -> ServiceParser:
 
 
 def main(arguments: list[str], environment: Mapping[str, str]) -> int:
+    from shardlane.member import fetch_run  # brings gRPC, which looks at its variables as it is loaded
+
     flags = parser(environment).parse(arguments, required=("--coordinator",))
     if flags.device not in _DEVICES:
         raise UserError(f"--device is {flags.device!r}; expected one of {', '.join(_DEVICES)}")
@@ -64,4 +65,4 @@ def main(arguments: list[str], environment: Mapping[str, str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_main("worker_service", lambda: main(sys.argv[1:], os.environ)))
+    exit_now(run_main("worker_service", lambda: main(sys.argv[1:], os.environ)))

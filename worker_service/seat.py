@@ -189,17 +189,17 @@ class Seat:
             self._below.send(ACTIVATION, version, micro_batch, self._around.staging.to_host(out))
 
     def _backward(self, version: Version, micro_batch: MicroBatch, received: dict[MicroBatch, Tensor]) -> None:
-        staging, inbox = self._around.staging, self._around.inbox
-        if self._below is not None:
-            item = self._take(GRADIENT, version, micro_batch)
-            x_gradient = self.compute.backward(micro_batch, staging.to_device(item))
-            inbox.give(item)
-        else:
-            x_gradient = self.compute.backward(micro_batch)
+        staging = self._around.staging
+        gradient = None if self._below is None else self._take(GRADIENT, version, micro_batch)
+        x_gradient = self.compute.backward(micro_batch, None if gradient is None else staging.to_device(gradient))
         if self._above is not None:
             assert x_gradient is not None
-            inbox.give(received.pop(micro_batch))
             self._above.send(GRADIENT, version, micro_batch, staging.to_host(x_gradient))
+        self.compute.add_weight_gradients(micro_batch)
+        # Not before: on a CPU what came is what the stage computes with, and weight gradients still read it.
+        for item in (gradient, received.pop(micro_batch, None)):
+            if item is not None:
+                self._around.inbox.give(item)
 
     def _take(self, kind: int, version: Version, index: int) -> Tensor:
         with self._around.instruments.waiting("bubble"):

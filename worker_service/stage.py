@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from shardlane.config import Config
 from shardlane.ids import MicroBatch
@@ -17,6 +17,7 @@ from shardlane.lanes import Block, lane
 from shardlane.model import Stage
 from shardlane.partition import StageLayers
 from shardlane.rates import tree_sum
+from shardlane.weight_gradients import Pending
 
 OnSum = Callable[[str, Block, Tensor], None]
 """(parameter's name, block, the block's gradient sum): called in the midst of a backward pass."""
@@ -40,15 +41,20 @@ class StageCompute:
         self.on_sum = on_sum
         self._per_lane = len(micro_batches_of(0, config.train))
         self._module = Stage.empty(config.model, layers, device)
+        self._weight_gradients = self._module.put_off_weight_gradients()
         self._parameters = dict(self._module.named_parameters())
+        self._names = {id(each): name for name, each in self._parameters.items()}
         self.flat_parameters = {name: each.detach().view(-1) for name, each in self._parameters.items()}
         self._sums = {name: LaneSums(config.train.lanes) for name in self._parameters}
         self._num_accumulated = dict.fromkeys(self._parameters, 0)
         self._lanes: list[tuple[int, Block]] = []  # in the order in which they run, each with its block
         self._passed: dict[MicroBatch, _Passed] = {}
+        self._pending: dict[MicroBatch, list[Pending]] = {}
         self._losses: dict[int, list[Tensor]] = {}  # by lane, in index order
+        put_off = {id(each) for each in self._weight_gradients.weights}
         for name, parameter in self._parameters.items():
-            parameter.register_post_accumulate_grad_hook(partial(self._accumulated, name))
+            if id(parameter) not in put_off:
+                parameter.register_post_accumulate_grad_hook(partial(self._accumulated, name))
 
     def begin(self, blocks: Sequence[Block]) -> list[MicroBatch]:
         """Forgets what was under way; the micro-batches of all lanes of `blocks`, in index order."""
@@ -57,6 +63,8 @@ class StageCompute:
             self._sums[name].clear()
             self._num_accumulated[name] = 0
         self._passed.clear()
+        self._pending.clear()
+        self._weight_gradients.take()
         self._losses.clear()
         self._lanes = [(each, block) for block in blocks for each in block.lanes]
         return [MicroBatch(m) for each, _ in self._lanes for m in micro_batches_of(each, self._config.train)]
@@ -72,10 +80,21 @@ class StageCompute:
         return out.detach()
 
     def backward(self, micro_batch: MicroBatch, gradient: Tensor | None = None) -> Tensor | None:
-        """`gradient` of the hidden states that went out; None in a last stage. That of the ones that came in, if any."""
+        """`gradient` of the hidden states that went out; None in a last stage. That of the ones that came in, if any.
+
+        `add_weight_gradients` is the rest of it, for whose result no other stage waits.
+        """
         passed = self._passed.pop(micro_batch)
         torch.autograd.backward(passed.out, gradient)
+        self._pending[micro_batch] = self._weight_gradients.take()
         return None if self.layers.is_first else passed.x.grad
+
+    def add_weight_gradients(self, micro_batch: MicroBatch) -> None:
+        """After `backward`, in the order of the micro-batches of a lane."""
+        with torch.no_grad():
+            for pending in self._pending.pop(micro_batch):
+                pending.add()
+                self._accumulated(self._names[id(pending.weight)], pending.weight)
 
     @torch.no_grad()
     def validate(self, x: Tensor, targets: Tensor | None = None) -> tuple[Tensor, int]:
@@ -95,8 +114,8 @@ class StageCompute:
             lanes.append(total)
         return tree_sum(lanes)
 
-    def _accumulated(self, name: str, parameter: nn.Parameter) -> None:
-        """autograd has added one more micro-batch to `parameter.grad`."""
+    def _accumulated(self, name: str, parameter: Tensor) -> None:
+        """One more micro-batch has been added to `parameter.grad`."""
         self._num_accumulated[name] += 1
         finished, rest = divmod(self._num_accumulated[name], self._per_lane)
         if rest:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum, IntEnum
 
 from shardlane.ids import ChunkId, Incarnation, PlanNumber, RunId, Step, Version
@@ -62,6 +62,7 @@ class Heartbeat:
     version: Version
     steps: tuple[StepSummary, ...] = ()
     activity: str = ""
+    caught_up: Mapping[ChunkId, Incarnation] = field(default_factory=dict)  # learners that this primary waits for, in `plan`
 
 
 @dataclass(frozen=True, slots=True)

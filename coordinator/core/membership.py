@@ -1,4 +1,4 @@
-"""Who is a member of the run: leases, registrations and refusals. No member is dropped but by its lease or its successor."""
+"""Who is a member of the run: leases, registrations, refusals. One is dropped by its lease, its successor, or who saw it dead."""
 
 from __future__ import annotations
 
@@ -131,6 +131,15 @@ class Members:
     def _renew(self, state: MemberState, now: float) -> None:
         state.heard_seconds = now
         state.lease_end_seconds = now + self.lease_seconds
+
+    def drop(self, incarnation: Incarnation) -> bool:
+        """Whether it was a member. One that lives nevertheless registers again."""
+        return self._states.pop(incarnation, None) is not None
+
+    def address(self, incarnation: Incarnation) -> str | None:
+        """host:port of a member."""
+        state = self._states.get(incarnation)
+        return None if state is None else state.registration.address
 
     def expire(self, now: float) -> tuple[Incarnation, ...]:
         """Drops the silent. Time in which the coordinator itself stood still is nobody's silence."""

@@ -5,11 +5,11 @@ All of them are deterministic and move as little as they can: what stays where i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from itertools import pairwise
 
-from shardlane.ids import Incarnation, Lane
+from shardlane.ids import ChunkId, Incarnation, Lane
 from shardlane.lanes import Block
 from shardlane.plan import Placement, Replica
 
@@ -120,6 +120,73 @@ def surviving(previous: Sequence[Placement], alive: Sequence[Incarnation]) -> tu
             return None
         placements.append(Placement(in_sync, placement.learner if placement.learner in here else None))
     return tuple(placements)
+
+
+def with_learners(
+    placements: Sequence[Placement], sizes: Sequence[int], shards: Sequence[Incarnation], *, replication: int
+) -> tuple[Placement, ...]:
+    """Every chunk with fewer than `replication` copies gets a learner, if it has none and there is a shard without it.
+
+    Largest first to the shard that holds the fewest bytes.
+    """
+    loads = held_bytes(placements, sizes, shards)
+    result = list(placements)
+    for chunk in sorted(range(len(sizes)), key=lambda chunk: (-sizes[chunk], chunk)):
+        placement = placements[chunk]
+        free = [shard for shard in shards if shard not in placement.in_sync]
+        if placement.learner is None and len(placement.in_sync) < replication and free:
+            learner = min(free, key=loads.__getitem__)
+            loads[learner] += sizes[chunk]
+            result[chunk] = Placement(placement.in_sync, learner)
+    return tuple(result)
+
+
+def listed(placements: Sequence[Placement], caught_up: Mapping[ChunkId, Incarnation]) -> tuple[Placement, ...]:
+    """12. Learners that have caught up are in sync from now on."""
+    return tuple(
+        Placement((*placement.in_sync, placement.learner))
+        if placement.learner is not None and caught_up.get(ChunkId(chunk)) == placement.learner
+        else placement
+        for chunk, placement in enumerate(placements)
+    )
+
+
+def with_even_primaries(placements: Sequence[Placement], sizes: Sequence[int]) -> tuple[Placement, ...]:
+    """Hands chunks from the shard that serves the most bytes to backups that serve fewer, until they are within a chunk.
+
+    A copy that is in sync has all that a primary needs, so nothing is sent.
+    """
+    result = list(placements)
+    loads: dict[Incarnation, int] = {}
+    for placement, size in zip(placements, sizes, strict=True):
+        for shard in placement.in_sync:
+            loads.setdefault(shard, 0)
+        loads[placement.primary] += size
+    while True:
+        best: tuple[int, int, Incarnation] | None = None  # (by how much the pair comes closer, chunk, its next primary)
+        for chunk, placement in enumerate(result):
+            for backup in placement.in_sync[1:]:
+                gap = loads[placement.primary] - loads[backup]
+                gain = min(sizes[chunk], gap - sizes[chunk])
+                if gain > 0 and (best is None or gain > best[0]):
+                    best = gain, chunk, backup
+        if best is None:
+            return tuple(result)
+        _, chunk, backup = best
+        placement = result[chunk]
+        loads[placement.primary] -= sizes[chunk]
+        loads[backup] += sizes[chunk]
+        rest = tuple(shard for shard in placement.in_sync if shard != backup)
+        result[chunk] = Placement((backup, *rest), placement.learner)
+
+
+def held_bytes(placements: Sequence[Placement], sizes: Sequence[int], shards: Sequence[Incarnation]) -> dict[Incarnation, int]:
+    """Bytes of the chunks that each shard holds, learners included."""
+    loads = dict.fromkeys(shards, 0)
+    for placement, size in zip(placements, sizes, strict=True):
+        for shard in placement.holders:
+            loads[shard] = loads.get(shard, 0) + size
+    return loads
 
 
 def _assign(

@@ -34,7 +34,7 @@ from coordinator.core.planning import Decision, Planner
 from coordinator.core.progress import Checkpoints, Steps, Validations
 from shardlane.cadence import validates_at
 from shardlane.config import Config
-from shardlane.ids import Incarnation, PlanNumber, RunId, Timeline, Version
+from shardlane.ids import ChunkId, Incarnation, PlanNumber, RunId, Timeline, Version
 from shardlane.partition import Layout
 from shardlane.plan import REQUEST_CHECKPOINT, REQUEST_STOP, Plan, Role
 
@@ -95,6 +95,7 @@ class Run:
         self._requested_at = beginning.version
         self._end_version = beginning.saved.end_version
         self._finished = False
+        self._caught_up: dict[ChunkId, Incarnation] = {}  # learners of the present plan
         self._told: set[Incarnation] = set()  # members that know that the run has ended
 
     # ---- what a shell may ask ------------------------------------------------------------------------------------------
@@ -176,6 +177,8 @@ class Run:
                 effects.append(row)
                 self._take_effect(row.summary.requests, Version(row.summary.step + 1))
         effects += self._settle()
+        if self.plan is not None and beat.plan == self.plan.number and self._note_copies(beat):
+            effects += self._reconsider(now)
         if self.has_ended:
             self._told.add(beat.incarnation)
         return None, effects
@@ -244,6 +247,12 @@ class Run:
                 self._paused = False
         return [Note(f"asked to {action.value}")]
 
+    def on_death(self, incarnation: Incarnation, reason: str, now: float) -> list[Effect]:
+        """Somebody has seen that a member is gone; its lease need not run out."""
+        if self.has_ended or not self.members.drop(incarnation):
+            return []
+        return [ForgetMember(incarnation), Note(f"{incarnation} is dead: {reason}", is_warning=True), *self._reconsider(now)]
+
     def on_tick(self, now: float) -> list[Effect]:
         """Time has passed."""
         effects: list[Effect] = []
@@ -266,6 +275,20 @@ class Run:
             self._requests &= ~REQUEST_STOP
             self._end_version = version
 
+    def _note_copies(self, beat: Heartbeat) -> bool:
+        """12. Whether a primary has told of learners that it was not known to wait for."""
+        assert self.plan is not None
+        news = {
+            chunk: learner
+            for chunk, learner in beat.caught_up.items()
+            if chunk < len(self.plan.placements)
+            and self.plan.placements[chunk].primary == beat.incarnation
+            and self.plan.placements[chunk].learner == learner
+            and chunk not in self._caught_up
+        }
+        self._caught_up |= news
+        return bool(news)
+
     def _settle(self) -> list[Effect]:
         """Ends the run when its last version is published, checkpointed and, where that is due, validated."""
         end = self.end_version
@@ -280,7 +303,7 @@ class Run:
         if self.has_ended:
             return []
         shards, workers = self.members.alive("shard"), self.members.alive("worker")
-        decision, reason = self._planner.judge(self.plan, shards, workers)
+        decision, reason = self._planner.judge(self.plan, shards, workers, self._caught_up)
         if decision is Decision.WAIT:
             changed, self.waiting_for = self.waiting_for != reason, reason
             return [Note(f"waiting for {reason}")] if changed else []
@@ -295,7 +318,10 @@ class Run:
         if decision is Decision.BEGIN:
             self.steps.start_clock(now)
         number = PlanNumber(self._term, 1 if self.plan is None else self.plan.number.epoch + 1)
-        self.plan = self._planner.make(number, self.timeline, shards, workers, previous=self.plan, reason=reason)
+        self.plan = self._planner.make(
+            number, self.timeline, shards, workers, previous=self.plan, reason=reason, caught_up=self._caught_up
+        )
+        self._caught_up = {}
         return [*effects, Announce(self.plan), Note(f"plan {number}: {reason}")]
 
     def _rewind(self) -> list[Effect]:

@@ -24,6 +24,9 @@ from shardlane.errors import StaleError
 from shardlane.ids import ChunkId, Incarnation, Step, Version
 from shardlane.plan import Placement, Plan
 
+REFILLS_AT_ONCE = 4
+"""Chunks on their way to learners: few, so that a chunk's step has not ended when the learner's position comes back."""
+
 Decide = Callable[[Step, Sequence[Record]], Decision]
 
 
@@ -55,6 +58,8 @@ class ShardCore:
         self._num_lanes = num_lanes
         self._decide = decide
         self._delivered: set[tuple[Incarnation, Step, ChunkId]] = set()  # records known to be known there
+        self._to_fill: dict[ChunkId, None] = {}  # chunks whose learner this primary has yet to fill, next first
+        self._filling: dict[ChunkId, None] = {}  # those that are on their way
 
     # ---- what a shell may ask ------------------------------------------------------------------------------------------
 
@@ -63,8 +68,28 @@ class ShardCore:
         """The oldest version among the chunks held; -1 while there are none."""
         return min((held.version for held in self.chunks.values()), default=-1)
 
+    def caught_up(self) -> list[tuple[ChunkId, Incarnation]]:
+        """12. Learners that this shard, as primary, waits for and wants to see listed, by chunk."""
+        return [(chunk, learner) for chunk, held in self.chunks.items() for learner in held.awaited]
+
     def is_primary(self, chunk: ChunkId) -> bool:
         return self.plan is not None and chunk in self.chunks and self.plan.placements[chunk].primary == self.me
+
+    def waits_for(self) -> str:
+        """For people: what the oldest chunk that this shard is primary of lacks."""
+        mine = [chunk for chunk in self.chunks if self.is_primary(chunk)]
+        if self.plan is None or not mine:
+            return "a plan that makes it a primary"
+        chunk = min(mine, key=lambda each: (self.chunks[each].version, self.chunks[each].closed is not None))
+        held = self.chunks[chunk]
+        where = f"step {held.version} of chunk {chunk}"
+        if held.closed is None:
+            lanes = [f"{table.counted:b}".zfill(self._num_lanes)[::-1] for table in held.barrier.sites]
+            return f"lanes of {where}; those marked 1 are in: {', '.join(lanes)}"
+        if missing := [each for each in self._backups(chunk) if each not in held.acks]:
+            return f"{', '.join(missing)} to hold the sum of {where}"
+        known = self.records.get(Step(held.version), {})
+        return f"the records of step {held.version}: {len(known)} of {len(self._num_sites)} chunks have closed"
 
     def judge(self, contribution: Contribution) -> Answer:
         """2. What a contribution is answered. Changes nothing, so it may be asked before its values are taken in."""
@@ -122,10 +147,12 @@ class ShardCore:
                 to_load.append(ChunkId(chunk))
         if to_load:
             effects += self._load(plan, to_load, begins=old is None or plan.timeline != old.timeline)
+        self._filling.clear()
+        self._to_fill = {chunk: None for chunk in self.chunks if self.is_primary(chunk) and plan.placements[chunk].learner}
         for chunk in self.chunks:
             effects += self._replicate(chunk)
             effects += self._tell_position(chunk)
-        return effects + self._send_records() + self._settle()
+        return effects + self._send_records() + self._settle() + self._fill()
 
     def on_message(self, envelope: Envelope) -> list[Effect]:
         """A message of another shard. Raises `StaleError` for one of another timeline."""
@@ -157,6 +184,7 @@ class ShardCore:
         for chunk in self.chunks:
             effects += self._replicate(chunk, again=True)
             effects += self._tell_position(chunk)
+        effects += [self._refill(chunk) for chunk in self._filling]
         return effects + self._send_records()
 
     # ---- roles ---------------------------------------------------------------------------------------------------------
@@ -186,7 +214,10 @@ class ShardCore:
         if held.closed is None:
             held.barrier = self._fresh_barrier(chunk)
             held.measuring = False
-        return [DropSums(chunk, keep_closed=held.closed is not None)]
+        effects: list[Effect] = [DropSums(chunk, keep_closed=held.closed is not None)]
+        if now.primary == self.me and (before is None or before.primary != self.me):
+            effects.append(Publish(chunk, held.version))  # pulls come here from now on
+        return effects
 
     def _load(self, plan: Plan, chunks: list[ChunkId], *, begins: bool) -> list[Effect]:
         if not begins:
@@ -204,20 +235,34 @@ class ShardCore:
     # ---- replication ---------------------------------------------------------------------------------------------------
 
     def _replicate(self, chunk: ChunkId, again: bool = False) -> list[Effect]:
-        """4. The sum goes to every other holder; what is sent again brings the records of the step before with it."""
+        """4. The sum goes to all who must hold it; what is sent again brings the records of the step before with it."""
         assert self.plan is not None
-        held, placement = self.chunks[chunk], self.plan.placements[chunk]
-        if placement.primary != self.me:
+        held = self.chunks[chunk]
+        if held.closed is None or not self.is_primary(chunk):
             return []
+        message = Replicate(held.closed, self._records_before(held.version) if again else ())
+        return [self._send(to, message) for to in self._backups(chunk) if to not in held.acks]
+
+    def _backups(self, chunk: ChunkId) -> list[Incarnation]:
+        """Whose acks a chunk's primary waits for."""
+        assert self.plan is not None
+        return [*self.plan.placements[chunk].in_sync[1:], *self.chunks[chunk].awaited]
+
+    def _fill(self) -> list[Effect]:
+        """11. Learners get their chunks a few at a time."""
         effects: list[Effect] = []
-        previous = self._records_before(held.version) if again else ()
-        if held.closed is not None:
-            message = Replicate(held.closed, previous)
-            effects += [self._send(to, message) for to in placement.holders[1:] if to not in held.acks]
-        if placement.learner is not None and placement.learner not in held.awaited:
-            refill = Refill(chunk, held.version, held.closed, self._records_before(held.version))
-            effects.append(self._send(placement.learner, refill))
+        while self._to_fill and len(self._filling) < REFILLS_AT_ONCE:
+            chunk = next(iter(self._to_fill))
+            del self._to_fill[chunk]
+            self._filling[chunk] = None
+            effects.append(self._refill(chunk))
         return effects
+
+    def _refill(self, chunk: ChunkId) -> Effect:
+        assert self.plan is not None
+        held, learner = self.chunks[chunk], self.plan.placements[chunk].learner
+        assert learner is not None
+        return self._send(learner, Refill(chunk, held.version, held.closed, self._records_before(held.version)))
 
     def _records_before(self, version: Version) -> tuple[Record, ...]:
         return tuple(self.records.get(Step(version - 1), {}).values())
@@ -277,12 +322,18 @@ class ShardCore:
         held = self.chunks.get(message.chunk)
         if held is None or not self.is_primary(message.chunk) or self.plan.placements[message.chunk].learner != sender:
             return []
-        if (held.version, held.closed is not None) != (message.version, message.closed):
-            return self._replicate(message.chunk)
-        held.awaited.add(sender)
-        if held.closed is not None:
-            held.acks.add(sender)
-        return [AskInSync(self.plan.number, message.chunk, sender), *self._settle()]
+        was_filled = message.chunk in self._filling
+        self._filling.pop(message.chunk, None)
+        if (held.version, held.closed is not None) == (message.version, message.closed):
+            self._to_fill.pop(message.chunk, None)
+            asks = [] if sender in held.awaited else [AskInSync(self.plan.number, message.chunk, sender)]
+            held.awaited.add(sender)
+            if held.closed is not None:
+                held.acks.add(sender)
+            return [*asks, *self._settle(), *self._fill()]
+        if was_filled:
+            self._to_fill[message.chunk] = None  # a step has ended meanwhile: once more, after the others
+        return self._fill()
 
     # ---- commit --------------------------------------------------------------------------------------------------------
 
@@ -308,9 +359,8 @@ class ShardCore:
         for chunk, held in self.chunks.items():
             if held.closed is None or not self.is_primary(chunk):
                 continue
-            needed = {*self.plan.placements[chunk].in_sync[1:], *held.awaited}
             known = self.records.setdefault(held.closed.step, {})
-            if needed <= held.acks and chunk not in known:
+            if held.acks.issuperset(self._backups(chunk)) and chunk not in known:
                 known[chunk] = held.closed
                 fresh.append(held.closed)
         return self._send_records(fresh) if fresh else []

@@ -15,14 +15,17 @@ from shardlane.cli.rows import RowsTail
 from shardlane.cli.run_folder import RunFolder
 from shardlane.cli.supervisor import Child, Interrupts, Supervisor, child_environment
 from shardlane.config import Config
-from shardlane.errors import UserError
+from shardlane.errors import UnreachableError, UserError
 from shardlane.pb.coordinator_pb2 import ControlAction, GetStatusResponse, RunState
 from shardlane.process import EXIT_USER_ERROR
 
 START_SECONDS = 60.0  # for the coordinator to serve
 LEAVE_SECONDS = 20.0  # for members, once the coordinator has ended
+STOP_SECONDS = 30.0  # for the coordinator to hear that it is to stop, should it just be starting again
 CAUSE_SECONDS = 1.0  # after a failure, for the coordinator to say what it makes of it
 LAST_LINES = 20
+MOST_RESTARTS = 3  # of one process with no step between: what kills it again and again is no accident
+SERVING_NICENESS = 5  # where cores are shared, workers compute first; shards and coordinator have what a bubble leaves idle
 EXIT_INTERRUPTED = 130
 _POLL_SECONDS = 0.1
 _STATUS_SECONDS = 0.5
@@ -63,7 +66,9 @@ class Cluster:
         self._view = view
         self._commands = commands
         self._supervisor = Supervisor(folder.logs, child_environment(os.environ, config.numerics.threads))
-        self._is_stopping = False
+        self._stop_by_seconds: float | None = None  # the coordinator has until then to accept a stop
+        self._started: dict[str, Command] = {}  # by name, to start what was killed again
+        self._restarts: dict[str, tuple[int, int]] = {}  # by name: the version at the last restart, restarts since
         self._next_status_seconds = 0.0
 
     def run(self, on_accepted: Callable[[], object] = lambda: None) -> int:
@@ -76,8 +81,10 @@ class Cluster:
                 address = self._start_coordinator()
                 on_accepted()
                 rows = RowsTail(self._folder.metrics_file)
+                self._started = {"coordinator": [*self._commands.coordinator, "--bind", address]}
                 for name, command in self._commands.members(address).items():
-                    self._supervisor.start(name, command)
+                    self._started[name] = command
+                    self._supervisor.start(name, command, _niceness(name))
                 with CoordinatorClient(address) as client:
                     return self._watch(client, rows, interrupts)
         except KeyboardInterrupt:
@@ -90,30 +97,35 @@ class Cluster:
         """Its address. Raises `UserError`, in the coordinator's own words if it has said why."""
         ready = self._folder.coordinator_file
         ready.unlink(missing_ok=True)
-        child = self._supervisor.start("coordinator", self._commands.coordinator)
+        child = self._supervisor.start("coordinator", self._commands.coordinator, _niceness("coordinator"))
         if self._supervisor.wait_for_file(child, ready, START_SECONDS) and (address := self._folder.coordinator_address()):
             return address
-        lines = child.last_lines(LAST_LINES)
-        if child.status == EXIT_USER_ERROR and lines:
-            raise UserError(lines[-1].removeprefix("coordinator: "))
+        if words := own_words(child):
+            raise UserError(words)
         if child.status is None:
             raise UserError(f"the coordinator does not serve after {START_SECONDS:g} s; see {child.log}")
+        if not child.last_lines(1):
+            raise UserError(f"the coordinator {child.how_it_ended} and could not say why in {child.log}; is the disk full?")
         self.complaint += last_lines(child)
         raise UserError(f"the coordinator {child.how_it_ended}; see {child.log}")
 
     def _watch(self, client: CoordinatorClient, rows: RowsTail, interrupts: Interrupts) -> int:
-        coordinator, *_ = self._supervisor.children
         members_end_seconds: float | None = None
+        is_stopping = False
         while self._supervisor.running:
+            coordinator = self._supervisor.children[0]
             self._look(client, rows, is_serving=coordinator.status is None)
+            self._start_killed_again()
             if self._supervisor.failed and not self._has_finished:
                 return self._fail(client, rows)
-            if interrupts.requested.is_set() and not self._is_stopping:
-                self._is_stopping = True
-                if not self._ask_to_stop(client):
+            if interrupts.requested.is_set() and not is_stopping:
+                try:
+                    is_stopping = self._ask_to_stop(client)
+                except UserError as error:
+                    self._view.note(f"stopping without a checkpoint: {error}")
                     self._supervisor.stop(grace_seconds=10.0)
                     return EXIT_INTERRUPTED
-            if coordinator.status is not None:
+            if self._supervisor.children[0].status is not None:
                 members_end_seconds = members_end_seconds or time.monotonic() + LEAVE_SECONDS
                 if time.monotonic() > members_end_seconds:
                     self._supervisor.stop(grace_seconds=10.0)
@@ -124,6 +136,19 @@ class Cluster:
         for child in self._supervisor.failed:
             self._view.note(f"{child.name} {child.how_it_ended} after the run had finished; see {child.log}")
         return 0
+
+    def _start_killed_again(self) -> None:
+        """A process that a signal ended takes nothing along: another life of it joins the run where it stands."""
+        if self._has_finished:
+            return
+        version = 0 if self.status is None else self.status.version
+        for child in self._supervisor.failed:
+            then, count = self._restarts.get(child.name, (version, 0))
+            count = 0 if version > then else count
+            if child.status is not None and child.status < 0 and count < MOST_RESTARTS:
+                self._view.note(f"{child.name} {child.how_it_ended}; starting it again")
+                self._restarts[child.name] = (version, count + 1)
+                self._supervisor.restart(child, self._started[child.name], _niceness(child.name))
 
     @property
     def _has_finished(self) -> bool:
@@ -144,33 +169,49 @@ class Cluster:
         self._next_status_seconds = time.monotonic() + (_POLL_SECONDS if is_near_the_end else _STATUS_SECONDS)
 
     def _ask_to_stop(self, client: CoordinatorClient) -> bool:
-        """Whether the run will end by itself, with a checkpoint."""
+        """Whether the coordinator has heard it, and the run will end by itself.
+
+        Raises `UserError` if there is no step to save, or nobody hears it within `STOP_SECONDS`.
+        """
         if self.status is None or self.status.state == RunState.RUN_STATE_GATHERING:
-            self._view.note("stopping; no step has been trained yet")
-            return False
+            raise UserError("no step has been trained yet")
+        self._stop_by_seconds = self._stop_by_seconds or time.monotonic() + STOP_SECONDS
         try:
             client.control(ControlAction.CONTROL_ACTION_STOP)
-        except UserError as error:
-            self._view.note(f"stopping without a checkpoint: {error}")
+        except UnreachableError:  # it may just be starting again
+            if time.monotonic() > self._stop_by_seconds:
+                raise
             return False
         self._view.note("stopping after this step, with a checkpoint; once more (Ctrl-C) to stop at once")
         return True
 
     def _fail(self, client: CoordinatorClient, rows: RowsTail) -> int:
-        """Notes who failed first and why; the others are stopped."""
+        """Notes who failed first and why, in one line if that is something a person can mend; the others are stopped."""
         culprit = self._supervisor.failed[0]
         coordinator = self._supervisor.children[0]
         coordinator.wait(CAUSE_SECONDS)
         self._next_status_seconds = 0.0
         self._look(client, rows, is_serving=coordinator.status is None)
         self._supervisor.stop(grace_seconds=10.0)
-        if culprit is not coordinator and coordinator.status == EXIT_USER_ERROR:
-            self.complaint += last_lines(coordinator, most=1)
+        for child in (coordinator, culprit):
+            if words := own_words(child):
+                self.complaint.append(f"shardlane: {words}; see {child.log}")
+                return EXIT_USER_ERROR
         reason = f": {self.status.reason}" if self.status is not None and self.status.reason else ""
         self.complaint += [*last_lines(culprit), f"shardlane: {culprit.name} {culprit.how_it_ended}{reason}; see {culprit.log}"]
         return 1
 
 
-def last_lines(child: Child, most: int = LAST_LINES) -> list[str]:
+def own_words(child: Child) -> str:
+    """What a person can mend, in the last line of a service that ended for it (`shardlane.process.run_main`); else empty."""
+    lines = child.last_lines(1) if child.status == EXIT_USER_ERROR else []
+    return lines[0].partition(": ")[2] if lines else ""
+
+
+def _niceness(name: str) -> int:
+    return 0 if name.startswith("worker") else SERVING_NICENESS
+
+
+def last_lines(child: Child) -> list[str]:
     """For people, with a headline."""
-    return [f"--- last lines of {child.log}", *(f"    {line}" for line in child.last_lines(most))]
+    return [f"--- last lines of {child.log}", *(f"    {line}" for line in child.last_lines(LAST_LINES))]

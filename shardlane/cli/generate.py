@@ -56,20 +56,15 @@ def generate_text(
     seed: int,
 ) -> str:
     """The prompt and what follows."""
-    from tokenizers import Tokenizer
-
     from shardlane.cli.export import tokenizer_file
     from shardlane.digest import read_tensors
-    from shardlane.errors import DataError
+    from shardlane.export import read_tokenizer
     from shardlane.generate import generate as generate_ids
     from shardlane.model import Stage, whole_model
     from shardlane.numerics import configure_torch
     from shardlane.partition import EMBEDDING, HEAD
 
-    file = tokenizer_file(config, folder)
-    if not file.is_file():
-        raise DataError(f"there is no tokenizer at {file}; the run's data has gone, bring it back or set data.path")
-    tokenizer = Tokenizer.from_file(str(file))
+    tokenizer = read_tokenizer(tokenizer_file(config, folder), config)
     configure_torch(config.numerics)
     stage = Stage.empty(config.model, whole_model(config.model), "cpu")
     tensors = dict(read_tensors(checkpoint))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,6 +14,7 @@ from shardlane.cli.arguments import ConfigCommand, ConfigFile, ForkRun, RunDir, 
 if TYPE_CHECKING:
     from shardlane.cli.run_folder import RunFolder
     from shardlane.config import Config
+    from shardlane.data import TokenFolder
 
 EPILOG = """[bold]Examples[/bold]
 
@@ -58,7 +60,6 @@ def train(config: Config, folder: RunFolder, *, fork: bool, with_sample: bool) -
     from shardlane.cli.cluster import Cluster, service_commands
     from shardlane.cli.ending import print_ending
     from shardlane.cli.live import choose_view
-    from shardlane.prepare import ensure_prepared
 
     with folder.lock():
         if not fork and is_finished(config, folder):
@@ -67,7 +68,7 @@ def train(config: Config, folder: RunFolder, *, fork: bool, with_sample: bool) -
             return 0
         view = choose_view(every_steps=config.log.every_steps, last_step=config.train.last_step)
         with view:
-            resolved = resolve(config, ensure_prepared(config, folder.path, view.note).path)
+            resolved = resolve(config, open_data(config, folder, view.note).path)
             proposed = folder.write_config(resolved, folder.path / "config.proposed.toml")
             cluster = Cluster(resolved, folder, view, service_commands(resolved, folder, proposed, fork=fork))
             try:
@@ -79,6 +80,19 @@ def train(config: Config, folder: RunFolder, *, fork: bool, with_sample: bool) -
         if status == 0:
             print_ending(resolved, folder, sample=with_sample)
         return status
+
+
+def open_data(config: Config, folder: RunFolder, note: Callable[[str], None]) -> TokenFolder:
+    """The run's data, prepared if it has none of its own yet. Raises `DataError`.
+
+    Data elsewhere is prepared by `shardlane prepare` alone: a misspelt `data.path` must not train on something else.
+    """
+    from shardlane.data import open_token_folder
+    from shardlane.prepare import ensure_prepared
+
+    if config.data.path:
+        return open_token_folder(Path(config.data.path).expanduser(), model_vocab_size=config.model.vocab_size)
+    return ensure_prepared(config, folder.path, note)
 
 
 def resolve(config: Config, data: Path) -> Config:

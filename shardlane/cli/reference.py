@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from shardlane.cli.live import View
     from shardlane.cli.run_folder import RunFolder
     from shardlane.config import Config
+    from shardlane.data import TokenFolder
 
 EPILOG = """[bold]Example[/bold]: one truth
 
@@ -34,37 +35,34 @@ def reference(context: typer.Context, config_file: ConfigFile, run_dir: RunDir, 
     """
     from shardlane.cli.ending import print_ending
     from shardlane.cli.live import choose_view
-    from shardlane.cli.local import is_finished, resolve
+    from shardlane.cli.local import is_finished, open_data, resolve
     from shardlane.cli.run_folder import RunFolder
     from shardlane.process import prepare_process
 
     config = load_config(context, config_file)
     prepare_process(config.numerics.threads)  # before torch is imported
-
-    from shardlane.prepare import prepared_folder
-
     folder = RunFolder(run_dir)
     with folder.lock():
         if not fork_run and is_finished(config, folder):
             print(f"{run_dir} is finished: version {config.train.last_step} is there")
         else:
-            config = resolve(config, prepared_folder(config, run_dir))
             with choose_view(every_steps=config.log.every_steps, last_step=config.train.last_step) as view:
-                _train(config, folder, view, fork=fork_run)
+                tokens = open_data(config, folder, view.note)
+                config = resolve(config, tokens.path)
+                _train(config, folder, tokens, view, fork=fork_run)
         print_ending(config, folder, sample=False)
 
 
-def _train(config: Config, folder: RunFolder, view: View, *, fork: bool) -> None:
+def _train(config: Config, folder: RunFolder, tokens: TokenFolder, view: View, *, fork: bool) -> None:
     from shardlane import logs
     from shardlane.cli.rows import RowsFile
     from shardlane.cli.supervisor import Interrupts
     from shardlane.errors import CheckpointError
     from shardlane.manifest import newest_complete
-    from shardlane.prepare import ensure_prepared
     from shardlane.reference import Reference
 
     logs.configure(config.log, folder.logs / "reference.log", to_stderr=False, run=config.run_name, role="reference", rank=0)
-    trainer = Reference(config, ensure_prepared(config, folder.path, view.note))
+    trainer = Reference(config, tokens)
     root = folder.checkpoints(config)
     if (newest := newest_complete(root)) is not None:
         if config.checkpoint.resume == "never":
@@ -73,14 +71,11 @@ def _train(config: Config, folder: RunFolder, view: View, *, fork: bool) -> None
         view.note(f"goes on from {newest}")
     folder.write_config(config)
     rows = RowsFile(folder.metrics_file, trainer.version)
-    try:
-        with Interrupts() as interrupts:
-            for row in trainer.run(root):
-                rows.append(row)
-                view.show_rows([row])
-                if interrupts.requested.is_set():
-                    view.note("stopping, with a checkpoint")
-                    trainer.save(root)
-                    break
-    finally:
-        rows.close()
+    with Interrupts() as interrupts:
+        for row in trainer.run(root):
+            rows.append(row)
+            view.show_rows([row])
+            if interrupts.requested.is_set():
+                view.note("stopping, with a checkpoint")
+                trainer.save(root)
+                break

@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from shardlane.errors import UserError
+from shardlane.files import append_to_file, replace_file
 
 Row = dict[str, Any]
 
@@ -64,26 +67,24 @@ class RowsFile:
     def __init__(self, file: Path, version: int) -> None:
         """Raises `UserError`."""
         self._path = file
-        rows = RowsTail(file, skip_present=False).read()
+        rows = RowsTail(file, skip_present=False).read()  # without a torn last line, of a crash
         kept = [row for row in rows if (row["step"] <= version if "val_loss" in row else row["step"] < version)]
-        try:
-            if len(kept) < len(rows):
-                temporary = file.with_suffix(".jsonl.tmp")
-                temporary.write_text("".join(map(_line, kept)), encoding="utf-8")
-                temporary.replace(file)
-            self._file = file.open("a", encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"cannot write {file}: {error.strerror}") from error
+        data = "".join(map(_line, kept)).encode()
+        with self._writing():
+            if data != (file.read_bytes() if file.exists() else b""):
+                replace_file(file, data)
 
     def append(self, row: Row) -> None:
-        try:
-            self._file.write(_line(row))
-            self._file.flush()
-        except OSError as error:
-            raise UserError(f"cannot write {self._path}: {error.strerror}; free the disk") from error
+        """Durable when this returns. Raises `UserError`, and then the file is as it was."""
+        with self._writing():
+            append_to_file(self._path, _line(row).encode())
 
-    def close(self) -> None:
-        self._file.close()
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(f"cannot write {self._path}: {error.strerror}; free the disk, and start the run again") from error
 
 
 def _line(row: Row) -> str:

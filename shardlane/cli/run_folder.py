@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from pathlib import Path
 from shardlane import config as configs
 from shardlane.config import Config
 from shardlane.errors import CheckpointError, UserError
+from shardlane.files import replace_file
 from shardlane.ids import Version
 from shardlane.manifest import checkpoint_folder, list_complete, newest_complete, read_complete
 
@@ -47,11 +47,9 @@ class RunFolder:
     def write_config(self, config: Config, file: Path | None = None) -> Path:
         """Atomically, to `config.resolved.toml` unless `file` is given. Raises `UserError`."""
         file = file or self.config_file
-        temporary = file.with_name(f".{file.name}.{os.getpid()}")
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            temporary.write_text(configs.to_toml(config), encoding="utf-8")
-            temporary.replace(file)
+            replace_file(file, configs.to_toml(config).encode())
         except OSError as error:
             raise UserError(f"cannot write {file}: {error.strerror}; free the disk, or give another --run-dir") from error
         return file
@@ -69,9 +67,9 @@ class RunFolder:
         root = self.checkpoints(config)
         if step is not None and (folder := checkpoint_folder(root, Version(step))).is_dir():
             return read_complete(folder).version, folder  # broken ones say what is wrong with them
+        if step is None and (newest := newest_complete(root)) is not None:
+            return read_complete(newest).version, newest
         complete = list_complete(root)
-        if step is None and complete:
-            return complete[-1]
         wanted = "no complete checkpoint" if step is None else f"no checkpoint of step {step}"
         there = f"there are {', '.join(str(version) for version, _ in complete)}" if complete else "train it first"
         raise CheckpointError(f"{root} holds {wanted}; {there}")

@@ -32,7 +32,7 @@ def child_environment(environment: Mapping[str, str], threads: int) -> dict[str,
 class Child:
     """A process whose output goes to the end of `log`."""
 
-    def __init__(self, name: str, command: Sequence[str], log: Path, environment: Mapping[str, str]) -> None:
+    def __init__(self, name: str, command: Sequence[str], log: Path, environment: Mapping[str, str], niceness: int = 0) -> None:
         self.name = name
         self.log = log
         try:
@@ -42,6 +42,7 @@ class Child:
                 self._process = subprocess.Popen(
                     command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environment, start_new_session=True
                 )
+            os.setpriority(os.PRIO_PROCESS, self._process.pid, os.getpriority(os.PRIO_PROCESS, 0) + niceness)
         except OSError as error:
             raise UserError(f"cannot start {name}: {error.strerror} ({error.filename})") from error
 
@@ -96,11 +97,17 @@ class Supervisor:
     def __exit__(self, kind: type[BaseException] | None, _: BaseException | None, __: TracebackType | None) -> None:
         self.stop(grace_seconds=10.0 if kind is None else 0.0)
 
-    def start(self, name: str, command: Sequence[str]) -> Child:
-        """Raises `UserError`."""
-        child = Child(name, command, self._logs / f"{name}.log", self._environment)
+    def start(self, name: str, command: Sequence[str], niceness: int = 0) -> Child:
+        """`niceness`: how much the process gives way, beyond what we do. Raises `UserError`."""
+        child = Child(name, command, self._logs / f"{name}.log", self._environment, niceness)
         self.children.append(child)
         return child
+
+    def restart(self, child: Child, command: Sequence[str], niceness: int = 0) -> Child:
+        """Another life for one that has ended, in its place. Raises `UserError`."""
+        again = Child(child.name, command, child.log, self._environment, niceness)
+        self.children[self.children.index(child)] = again
+        return again
 
     @property
     def running(self) -> list[Child]:

@@ -166,18 +166,28 @@ class StepSummary(_message.Message):
     def __init__(self, step: _Optional[int] = ..., loss: _Optional[float] = ..., grad_norm: _Optional[float] = ..., learning_rate: _Optional[float] = ..., tokens: _Optional[int] = ..., skipped: bool = ..., requests: _Optional[int] = ...) -> None: ...
 
 class HeartbeatRequest(_message.Message):
-    __slots__ = ("incarnation", "plan", "version", "steps", "activity")
+    __slots__ = ("incarnation", "plan", "version", "steps", "activity", "caught_up")
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     PLAN_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     STEPS_FIELD_NUMBER: _ClassVar[int]
     ACTIVITY_FIELD_NUMBER: _ClassVar[int]
+    CAUGHT_UP_FIELD_NUMBER: _ClassVar[int]
     incarnation: str
     plan: _tensor_pb2.PlanNumber
     version: int
     steps: _containers.RepeatedCompositeFieldContainer[StepSummary]
     activity: str
-    def __init__(self, incarnation: _Optional[str] = ..., plan: _Optional[_Union[_tensor_pb2.PlanNumber, _Mapping]] = ..., version: _Optional[int] = ..., steps: _Optional[_Iterable[_Union[StepSummary, _Mapping]]] = ..., activity: _Optional[str] = ...) -> None: ...
+    caught_up: _containers.RepeatedCompositeFieldContainer[CaughtUp]
+    def __init__(self, incarnation: _Optional[str] = ..., plan: _Optional[_Union[_tensor_pb2.PlanNumber, _Mapping]] = ..., version: _Optional[int] = ..., steps: _Optional[_Iterable[_Union[StepSummary, _Mapping]]] = ..., activity: _Optional[str] = ..., caught_up: _Optional[_Iterable[_Union[CaughtUp, _Mapping]]] = ...) -> None: ...
+
+class CaughtUp(_message.Message):
+    __slots__ = ("chunk", "learner")
+    CHUNK_FIELD_NUMBER: _ClassVar[int]
+    LEARNER_FIELD_NUMBER: _ClassVar[int]
+    chunk: int
+    learner: str
+    def __init__(self, chunk: _Optional[int] = ..., learner: _Optional[str] = ...) -> None: ...
 
 class HeartbeatResponse(_message.Message):
     __slots__ = ("lease_seconds", "state", "acknowledged_steps", "requests", "reason")

@@ -66,7 +66,6 @@ def test_a_rows_file_drops_what_will_be_trained_again(tmp_path: Path) -> None:
     write(file, row(0), row(1), {"step": 2, "val_loss": 3.0}, row(2), {"step": 3, "val_loss": 3.0})
     rows = RowsFile(file, version=2)
     rows.append(row(2, math.nan))
-    rows.close()
     read = [json.loads(line) for line in file.read_text().splitlines()]
     assert [(each["step"], "val_loss" in each) for each in read] == [(0, False), (1, False), (2, True), (2, False)]
     assert read[-1]["loss"] is None

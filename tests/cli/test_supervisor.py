@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from shardlane.cli.cluster import MOST_RESTARTS
 from shardlane.cli.supervisor import Supervisor, child_environment
 from shardlane.errors import UserError
 
@@ -72,12 +73,16 @@ def test_a_child_that_fails_is_quoted_and_the_others_are_stopped(start: Start, t
     assert not (tmp_path / "coordinator.json").exists()
 
 
-def test_a_child_that_is_killed_is_named_with_its_signal(start: Start, tmp_path: Path) -> None:
+def test_a_child_that_is_killed_is_started_again_until_that_does_not_help(start: Start, tmp_path: Path) -> None:
     process = start("hung")
-    _, worker = pids(tmp_path, "coordinator", "hung")
-    os.kill(worker, signal.SIGKILL)
-    _, errors = process.communicate(timeout=30)
+    pids(tmp_path, "coordinator", "hung")
+    for _ in range(MOST_RESTARTS + 1):
+        (worker,) = pids(tmp_path, "hung")
+        (tmp_path / "hung.pid").unlink()
+        os.kill(worker, signal.SIGKILL)
+    output, errors = process.communicate(timeout=60)
     assert process.returncode == 1
+    assert output.count("worker-0 was killed by SIGKILL; starting it again") == MOST_RESTARTS
     assert "shardlane: worker-0 was killed by SIGKILL" in errors
 
 

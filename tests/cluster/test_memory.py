@@ -52,7 +52,8 @@ def test_nothing_grows_over_500_steps(tmp_path: Path) -> None:
 
 
 def test_nobody_holds_the_whole_model(tmp_path: Path) -> None:
-    config = load(TINY, ["--train.max_steps", "1", "--cluster.stages", "2", "--cluster.shards", "2"])
+    shape = ["--cluster.stages", "2", "--cluster.shards", "2", "--cluster.replication", "1"]
+    config = load(TINY, ["--train.max_steps", "1", *shape])
     ensure_prepared(config, tmp_path, lambda line: None)
     config = config.with_changes({"data.path": str(tmp_path / "data")})
     whole = Layout.of(config).num_parameters

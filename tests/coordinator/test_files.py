@@ -79,7 +79,7 @@ def test_a_full_disk_leaves_no_half_row_and_loses_none(tmp_path: Path, monkeypat
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("coordinator.metrics_file.os.fsync", full)
+        patch.setattr("shardlane.files.os.fsync", full)
         with pytest.raises(OSError, match="No space"):
             file.flush()
     assert path.read_bytes() == before and (file.version, file.num_pending) == (1, 1)

@@ -158,6 +158,18 @@ def test_a_run_from_gathering_to_its_end(tmp_path: Path) -> None:
         assert manifest.data_hash == run.data_digest
 
 
+def test_the_log_tells_how_training_goes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "shardlane.coordinator")
+    with cluster(tmp_path, validation__every_steps=2, log__every_steps=3, train__max_steps=8) as c:
+        c.register(*NAMES)
+        c.beat("shard 1", *range(8))
+        c.validate(2, 0, 1)
+    lines = [vars(record)["msg"] for record in caplog.records]
+    assert [line["step"] for line in lines if line["event"] == "trained"] == [0, 3, 6]
+    (validated,) = [line for line in lines if line["event"] == "validated"]
+    assert (validated["step"], validated["val_loss"]) == (2, 2.0)
+
+
 def test_refusals_have_their_status_and_reason(tmp_path: Path) -> None:
     with cluster(tmp_path, numerics__determinism="strict") as c:
         c.register("worker 1")

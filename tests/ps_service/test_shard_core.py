@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
 
 from ps_service.core.commit import decide
@@ -10,6 +13,7 @@ from ps_service.core.messages import (
     Alarm,
     Announce,
     Apply,
+    AskInSync,
     Checkpoint,
     Close,
     Contribution,
@@ -22,13 +26,15 @@ from ps_service.core.messages import (
     KeepSum,
     Load,
     Outcome,
+    Position,
     Publish,
     Record,
     Records,
+    Refill,
     Replicate,
     Send,
 )
-from ps_service.core.shard import ShardCore
+from ps_service.core.shard import REFILLS_AT_ONCE, ShardCore
 from shardlane.config import Config, build
 from shardlane.errors import StaleError
 from shardlane.ids import ChunkId, Incarnation, Lane, PlanNumber, RunId, SiteIndex, Step, Timeline, Version
@@ -159,6 +165,41 @@ def test_a_new_plan_keeps_closed_sums_and_clears_partial_ones() -> None:
     assert of_kind(effects, DropSums) == [DropSums(X, keep_closed=True), DropSums(Y, keep_closed=False)]
     assert shard.judge(push(lane(0), chunk=Y)).outcome is Outcome.COUNTED
     assert shard.judge(push(lane(0), chunk=X)).outcome is Outcome.DUPLICATE
+
+
+def test_who_becomes_primary_publishes_the_version_it_holds() -> None:
+    shard = core(B)
+    shard.on_plan(plan(Placement((A, B)), Placement((B, A))))
+    assert of_kind(shard.on_plan(plan(Placement((B, A)), Placement((B, A)), epoch=2)), Publish) == [Publish(X, Version(0))]
+    assert of_kind(shard.on_plan(plan(Placement((B, A)), Placement((A, B)), epoch=3)), Publish) == []
+
+
+def test_a_learner_is_filled_a_few_chunks_at_a_time_and_waited_for_where_it_stands() -> None:
+    num_chunks = REFILLS_AT_ONCE + 2
+    placements = [Placement((A,))] * num_chunks
+    shard = core(A, sites=(1,) * num_chunks)
+    shard.on_plan(plan(*placements))
+
+    def sent(effects: list[Effect], kind: type) -> list[Any]:
+        return [each for effect in effects if isinstance(effect, Send) and isinstance(each := effect.envelope.message, kind)]
+
+    def refilled(effects: list[Effect]) -> list[ChunkId]:
+        return [message.chunk for message in sent(effects, Refill)]
+
+    def stands(chunk: int, version: int, closed: bool = False) -> list[Effect]:
+        return shard.on_message(Envelope(B, PlanNumber(1, 2), 0, Position(ChunkId(chunk), Version(version), closed)))
+
+    learning = plan(*(replace(each, learner=B) for each in placements), epoch=2)
+    assert refilled(shard.on_plan(learning)) == [0, 1, 2, 3]
+    assert refilled(stands(0, 0)) == [4]
+    assert refilled(close(shard, ChunkId(1))) == []
+    effects = stands(1, 0)  # the sum of its step is not with the learner: again, after the others
+    assert (refilled(effects), shard.caught_up()) == ([5], [(0, B)])
+    assert refilled(stands(2, 0)) == [1]
+    assert of_kind(stands(1, 0, closed=True), AskInSync) == [AskInSync(PlanNumber(1, 2), ChunkId(1), B)]
+    assert of_kind(stands(1, 0, closed=True), AskInSync) == [], "asked once"
+    assert sent(close(shard, ChunkId(0)), Replicate) == [Replicate(record(ChunkId(0)))], "who is waited for gets the sum"
+    assert sent(close(shard, ChunkId(3)), Replicate) == [], "who is not does not"
 
 
 def test_a_stop_and_a_checkpoint_ride_in_the_record_and_act_everywhere_at_one_version() -> None:

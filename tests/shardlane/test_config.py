@@ -123,7 +123,7 @@ def test_mathematics_leaves_out_what_may_change_on_resume(file: Path) -> None:
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_recipes_are_valid_and_warm_up_briefly(recipe: Path) -> None:
     config = configs.load(recipe)
-    assert config.model.preset == config.run_name
+    assert config.run_name == recipe.stem and config.model.preset in configs.MODEL_PRESETS
     assert config.schedule.warmup_steps <= 0.05 * config.train.max_steps
 
 

@@ -162,22 +162,35 @@ def test_a_manifest_that_contradicts_itself(tmp_path: Path, change: dict[str, An
         read_manifest(tmp_path)
 
 
-def test_the_newest_complete_one_is_found_and_the_others_say_why(tmp_path: Path) -> None:
-    folders = {version: write_checkpoint(tmp_path, CONFIG, version=version) for version in (10, 20, 30, 40, 50)}
-    (folders[50] / MANIFEST).unlink()
-    os.truncate(folders[40] / "part-shard-0.safetensors", 100)
-    folders[10].rename(tmp_path / "step-00000060")
+def test_the_newest_complete_one_is_found_behind_those_that_were_cut_short(tmp_path: Path) -> None:
+    folders = {version: write_checkpoint(tmp_path, CONFIG, version=version) for version in (10, 20, 30, 40)}
+    (folders[40] / MANIFEST).unlink()
     (folders[30] / MANIFEST).rename(folders[30] / f"{MANIFEST}.tmp")
+    os.truncate(folders[10] / "part-shard-0.safetensors", 100)
     (tmp_path / "step-70").mkdir()
     (tmp_path / "step-00000080").write_text("a file")
-    heard: dict[str, str] = {}
-    assert newest_complete(tmp_path, lambda folder, reason: heard.update({folder.name: reason})) == folders[20]
+    assert newest_complete(tmp_path) == folders[20]
     assert list_complete(tmp_path) == [(20, folders[20])]
-    assert list(heard) == ["step-00000060", "step-00000050", "step-00000040", "step-00000030"]
-    assert heard["step-00000060"].endswith("holds version 10; the folder was renamed")
-    assert "has no manifest.json" in heard["step-00000050"]
-    assert "it has 100 bytes" in heard["step-00000040"]
     assert newest_complete(tmp_path / "nowhere") is None
+
+
+@pytest.mark.parametrize(
+    ("harm", "reason"),
+    [
+        (lambda folder: flip(folder / MANIFEST, 90), "does not match its own checksum"),
+        (lambda folder: os.truncate(folder / "part-shard-0.safetensors", 100), "it has 100 bytes"),
+        (lambda folder: folder.rename(folder.with_name("step-00000060")), "holds version 50; rename it back"),
+    ],
+    ids=["flipped", "truncated", "renamed"],
+)
+def test_a_damaged_newest_one_is_an_error_lest_an_older_one_overwrites_it(
+    tmp_path: Path, harm: Callable[[Path], object], reason: str
+) -> None:
+    write_checkpoint(tmp_path, CONFIG, version=40)
+    harm(write_checkpoint(tmp_path, CONFIG, version=50))
+    with pytest.raises(CheckpointError, match=reason):
+        newest_complete(tmp_path)
+    assert [version for version, _ in list_complete(tmp_path)] == [40]
 
 
 def test_prune_keeps_the_newest_and_what_may_still_be_written(tmp_path: Path) -> None:

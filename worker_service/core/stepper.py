@@ -99,7 +99,7 @@ class Stepper:
             case Ran():
                 return self._next_run()
             case Superseded():
-                return self._go_to(event.now) if event.attempt == self.attempt and event.now > self.version else []
+                return self._go_to(max(event.now, self.version)) if event.attempt == self.attempt else []
             case PeerAhead():
                 return self._on_peer_ahead(event.version)
             case Answered():

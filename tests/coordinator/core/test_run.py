@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import random
-
-import pytest
-
 from coordinator.core.events import (
     Announce,
     CheckpointFailed,
@@ -15,14 +11,13 @@ from coordinator.core.events import (
     DropRows,
     ForgetMember,
     KeepMember,
-    Note,
     RunState,
     TrainingRow,
     ValidationRow,
 )
 from coordinator.core.run import Run, Saved
 from shardlane.ids import PlanNumber, Timeline, Version
-from shardlane.plan import REQUEST_CHECKPOINT, REQUEST_STOP, Plan
+from shardlane.plan import REQUEST_CHECKPOINT, REQUEST_STOP
 from tests.coordinator.cast import (
     CPU,
     RUN,
@@ -38,25 +33,7 @@ from tests.coordinator.cast import (
     summary,
     validation,
 )
-
-EVERYBODY = ("shard 1", "shard 2", "worker 1", "worker 2")
-
-
-def training(**changes: object) -> Run:
-    run = fresh_run(small_config(**changes))
-    join(run, *EVERYBODY)
-    assert run.state is RunState.TRAINING
-    return run
-
-
-def plan_of(run: Run) -> Plan:
-    assert run.plan is not None
-    return run.plan
-
-
-def train_to(run: Run, version: int, now: float = 1.0) -> None:
-    run.on_heartbeat(beat(run, "shard 1", *(summary(step) for step in range(run.version, version))), now)
-    assert run.version == version
+from tests.coordinator.core.lives import EVERYBODY, fall_silent, plan_of, train_to, training
 
 
 def checkpoint(run: Run, version: int, shards: tuple[str, str] = ("shard 1", "shard 2")) -> None:
@@ -67,16 +44,6 @@ def checkpoint(run: Run, version: int, shards: tuple[str, str] = ("shard 1", "sh
     (commit,) = effects
     assert isinstance(commit, CommitCheckpoint) and commit.version == version
     run.on_checkpoint_committed(CheckpointMark(Version(version), f"digest of {version}"))
-
-
-def fall_silent(run: Run, name: str, now: float) -> list[object]:
-    """Everybody but `name` keeps its lease."""
-    for state in run.members.states:
-        if state.registration.incarnation != incarnation(name):
-            state.lease_end_seconds = now + 100.0
-        else:
-            state.lease_end_seconds = now - 0.1
-    return list(deeds(run.on_tick(now)))
 
 
 def test_gathers_until_everybody_is_here() -> None:
@@ -190,7 +157,7 @@ def test_without_a_whole_replica_it_waits_and_says_for_what() -> None:
 
 
 def test_a_member_suspected_by_mistake_comes_back_to_its_own_place() -> None:
-    run = training()
+    run = training(cluster__replication=1)
     before = plan_of(run)
     fall_silent(run, "shard 1", 5.0)
     assert run.state is RunState.GATHERING
@@ -199,7 +166,7 @@ def test_a_member_suspected_by_mistake_comes_back_to_its_own_place() -> None:
 
 
 def test_a_lost_shard_takes_everybody_back_to_the_newest_checkpoint() -> None:
-    run = training(validation__every_steps=1)
+    run = training(validation__every_steps=1, cluster__replication=1)
     train_to(run, 2)
     checkpoint(run, 2)
     train_to(run, 3)
@@ -220,7 +187,7 @@ def test_a_lost_shard_takes_everybody_back_to_the_newest_checkpoint() -> None:
 
 
 def test_a_roll_back_without_a_checkpoint_begins_again() -> None:
-    run = training()
+    run = training(cluster__replication=1)
     train_to(run, 3)
     join(run, "shard 3")
     fall_silent(run, "shard 1", 5.0)
@@ -254,7 +221,7 @@ def test_a_stop_ends_the_run_at_the_version_that_took_it() -> None:
 
 
 def test_a_stop_that_a_roll_back_undid_is_asked_for_again() -> None:
-    run = training()
+    run = training(cluster__replication=1)
     run.on_control(Control.STOP)
     run.on_heartbeat(beat(run, "shard 1", summary(0, requests=REQUEST_STOP)), 1.0)
     fall_silent(run, "shard 1", 5.0)
@@ -347,48 +314,3 @@ def test_a_restarted_coordinator_goes_on_with_the_plan_and_its_members() -> None
     fall_silent(run, "worker 1", 103.0)
     join(run, "worker 3", now=104.0)
     assert plan_of(run).number == PlanNumber(2, 2)  # greater than all of the older term
-
-
-@pytest.mark.parametrize("seed", range(20))
-def test_a_random_life_keeps_its_promises(seed: int) -> None:
-    """Members come and go, steps are told out of order: every plan is greater, whole, and names nobody who is gone."""
-    rng = random.Random(seed)
-    run = fresh_run(small_config(cluster__replicas=2, cluster__shards=2, train__max_steps=5000, validation__num_micro_batches=0))
-    now, plans, rows, number, dead = 0.0, [PlanNumber(0, 0)], [], 0, set()
-    num_rewinds = 0
-    for _ in range(600):
-        now += rng.random() * 0.3
-        if run.members.states and rng.random() < 0.1:
-            dead.add(rng.choice(run.members.states).registration.incarnation)
-        effects = run.on_tick(now)
-        for state in run.members.states:
-            if state.registration.incarnation not in dead and rng.random() < 0.9:
-                steps = [summary(step) for step in range(max(0, run.version - 2), run.version + rng.randrange(3))]
-                name = state.registration.incarnation.replace("-0", " ").replace("-", " ")
-                effects += run.on_heartbeat(beat(run, name, *steps), now)[1]
-        if rng.random() < 0.2 and len(run.members.states) < 9:
-            number += 1
-            effects += join(run, f"{rng.choice(['shard', 'worker'])} {number}", now=now)
-        if rng.random() < 0.05 and run.version > run.checkpoint.version:
-            effects += run.on_checkpoint_committed(CheckpointMark(run.version, f"digest of {run.version}"))
-        for effect in effects:
-            match effect:
-                case Announce(plan):
-                    assert plan.number > plans[-1]
-                    plans.append(plan.number)
-                    alive = {state.registration.incarnation for state in run.members.states}
-                    assert {member.incarnation for member in plan.members} <= alive
-                    lanes = [lane for replica in plan.replicas for block in replica.blocks for lane in block.lanes]
-                    assert lanes == [0, 1, 2, 3]
-                    assert {shard for each in plan.placements for shard in each.in_sync} <= set(plan.shards)
-                case TrainingRow(told):
-                    rows.append(told.step)
-                case DropRows(version):
-                    rows = [step for step in rows if step < version]
-                    num_rewinds += 1
-                case Note() | KeepMember() | ForgetMember():
-                    pass
-                case _:
-                    raise AssertionError(effect)
-        assert rows == list(range(run.version))  # each step once, whatever was rolled back
-    assert len(plans) > 3 and run.version > 3 and num_rewinds

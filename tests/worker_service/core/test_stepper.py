@@ -98,7 +98,8 @@ def test_a_version_that_is_past_leads_to_the_present_one() -> None:
     stepper.handle(PlanAdopted(plan()))
     assert stepper.handle(Superseded(1, Version(4))) == [Abandon(), Pull(2, Version(4))]
     assert stepper.handle(Superseded(1, Version(5))) == [], "of a pull that was abandoned"
-    assert stepper.handle(Pulled(2)) == [Ask(Version(5)), Run(2, Version(4), (lane(0), lane(1)))]
+    assert stepper.handle(Superseded(2, Version(4))) == [Abandon(), Pull(3, Version(4))], "the pull is over: another one"
+    assert stepper.handle(Pulled(3)) == [Ask(Version(5)), Run(3, Version(4), (lane(0), lane(1)))]
 
 
 def test_a_new_plan_abandons_the_step_and_begins_it_again_lane_by_lane() -> None:
