@@ -38,6 +38,7 @@ from ps_service.core.messages import (  # fmt: skip
     Send,
 )  # isort: skip
 from ps_service.core.shard import ShardCore
+from ps_service.core.waiting import waits_for
 from ps_service.instruments import ShardInstruments
 from ps_service.peers import Outbox, Parcel
 from ps_service.publication import Publications
@@ -149,7 +150,7 @@ class Shard:
 
     def waits_for(self) -> str:
         with self._lock:
-            return self._core.waits_for()
+            return waits_for(self._core)
 
     def close(self) -> None:
         self._snapshots.close()

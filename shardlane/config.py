@@ -146,7 +146,9 @@ class ScheduleConfig(Section):
 
 
 class PipelineConfig(Section):
-    schedule: Literal["1f1b", "gpipe"] = "1f1b"
+    schedule: Literal["1f1b", "gpipe", "zero_bubble"] = Field(
+        "1f1b", description="zero_bubble idles half as long, for stages + 1 micro-batches in flight in every stage; the same bits"
+    )
 
 
 class ValidationConfig(Section):

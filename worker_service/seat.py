@@ -22,7 +22,7 @@ from shardlane.plan import Plan
 from worker_service import inbox as inboxes
 from worker_service.attempt import Attempt
 from worker_service.core.events import Key, Refusal
-from worker_service.core.schedule import Backward, Forward, schedule
+from worker_service.core.schedule import Backward, Forward, Weights, schedule
 from worker_service.inbox import ACTIVATION, GRADIENT, VALIDATION, Inbox
 from worker_service.instruments import WorkerInstruments
 from worker_service.links import Link, Route
@@ -158,7 +158,7 @@ class Seat:
         self._attempt, config = attempt, self._around.config
         with self._around.instruments.computing():
             micro_batches = self.compute.begin(blocks)
-            received: dict[MicroBatch, Tensor] = {}
+            received: defaultdict[MicroBatch, list[Tensor]] = defaultdict(list)
             for action in schedule(config.pipeline.schedule, self._stage, len(self._chain), micro_batches):
                 attempt.check()
                 match action:
@@ -166,13 +166,17 @@ class Seat:
                         self._forward(version, micro_batch, received)
                     case Backward(micro_batch):
                         self._backward(version, micro_batch, received)
+                    case Weights(micro_batch):
+                        self.compute.add_weight_gradients(micro_batch)
+                        for item in received.pop(micro_batch, ()):  # not before: on a CPU the gradients were made from it
+                            self._around.inbox.give(item)
             num_tokens = sum(self._tokens_of(block) for block in blocks)
             self._around.instruments.tokens.inc(num_tokens)
             if not self.compute.layers.is_last:
                 return None
             return sum(self.compute.loss(block) for block in blocks) / num_tokens
 
-    def _forward(self, version: Version, micro_batch: MicroBatch, received: dict[MicroBatch, Tensor]) -> None:
+    def _forward(self, version: Version, micro_batch: MicroBatch, received: defaultdict[MicroBatch, list[Tensor]]) -> None:
         config, device = self._around.config, self._around.staging.device
         windows = None
         if self._tokens is not None:
@@ -182,24 +186,23 @@ class Seat:
             assert windows is not None
             x = inputs_of(windows, device)
         else:
-            item = received[micro_batch] = self._take(ACTIVATION, version, micro_batch)
+            item = self._take(ACTIVATION, version, micro_batch)
+            received[micro_batch].append(item)
             x = self._around.staging.to_device(item)
         out = self.compute.forward(micro_batch, x, targets)
         if self._below is not None:
             self._below.send(ACTIVATION, version, micro_batch, self._around.staging.to_host(out))
 
-    def _backward(self, version: Version, micro_batch: MicroBatch, received: dict[MicroBatch, Tensor]) -> None:
-        staging = self._around.staging
-        gradient = None if self._below is None else self._take(GRADIENT, version, micro_batch)
-        x_gradient = self.compute.backward(micro_batch, None if gradient is None else staging.to_device(gradient))
+    def _backward(self, version: Version, micro_batch: MicroBatch, received: defaultdict[MicroBatch, list[Tensor]]) -> None:
+        staging, gradient = self._around.staging, None
+        if self._below is not None:
+            item = self._take(GRADIENT, version, micro_batch)
+            received[micro_batch].append(item)
+            gradient = staging.to_device(item)
+        x_gradient = self.compute.backward(micro_batch, gradient)
         if self._above is not None:
             assert x_gradient is not None
             self._above.send(GRADIENT, version, micro_batch, staging.to_host(x_gradient))
-        self.compute.add_weight_gradients(micro_batch)
-        # Not before: on a CPU what came is what the stage computes with, and weight gradients still read it.
-        for item in (gradient, received.pop(micro_batch, None)):
-            if item is not None:
-                self._around.inbox.give(item)
 
     def _take(self, kind: int, version: Version, index: int) -> Tensor:
         with self._around.instruments.waiting("bubble"):

@@ -8,9 +8,9 @@ the present state still asks for.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
 
 from ps_service.core.barrier import Barrier
+from ps_service.core.holdings import Filling, HeldChunk
 
 # isort: off
 # fmt: off
@@ -24,22 +24,7 @@ from shardlane.errors import StaleError
 from shardlane.ids import ChunkId, Incarnation, Step, Version
 from shardlane.plan import Placement, Plan
 
-REFILLS_AT_ONCE = 4
-"""Chunks on their way to learners: few, so that a chunk's step has not ended when the learner's position comes back."""
-
 Decide = Callable[[Step, Sequence[Record]], Decision]
-
-
-@dataclass(slots=True)
-class HeldChunk:
-    """A chunk that this shard holds: at `version`, with the step of the same number open or closed."""
-
-    version: Version
-    barrier: Barrier
-    measuring: bool = False  # every lane is in; the shell is taking the sum's measure
-    closed: Record | None = None  # the sum of step `version` is held, and this is its record
-    acks: set[Incarnation] = field(default_factory=set)  # holders that have the sum too, in the present epoch
-    awaited: set[Incarnation] = field(default_factory=set)  # learners whose acks count before a plan lists them (12)
 
 
 class ShardCore:
@@ -58,8 +43,7 @@ class ShardCore:
         self._num_lanes = num_lanes
         self._decide = decide
         self._delivered: set[tuple[Incarnation, Step, ChunkId]] = set()  # records known to be known there
-        self._to_fill: dict[ChunkId, None] = {}  # chunks whose learner this primary has yet to fill, next first
-        self._filling: dict[ChunkId, None] = {}  # those that are on their way
+        self._filling = Filling()
 
     # ---- what a shell may ask ------------------------------------------------------------------------------------------
 
@@ -75,21 +59,10 @@ class ShardCore:
     def is_primary(self, chunk: ChunkId) -> bool:
         return self.plan is not None and chunk in self.chunks and self.plan.placements[chunk].primary == self.me
 
-    def waits_for(self) -> str:
-        """For people: what the oldest chunk that this shard is primary of lacks."""
-        mine = [chunk for chunk in self.chunks if self.is_primary(chunk)]
-        if self.plan is None or not mine:
-            return "a plan that makes it a primary"
-        chunk = min(mine, key=lambda each: (self.chunks[each].version, self.chunks[each].closed is not None))
-        held = self.chunks[chunk]
-        where = f"step {held.version} of chunk {chunk}"
-        if held.closed is None:
-            lanes = [f"{table.counted:b}".zfill(self._num_lanes)[::-1] for table in held.barrier.sites]
-            return f"lanes of {where}; those marked 1 are in: {', '.join(lanes)}"
-        if missing := [each for each in self._backups(chunk) if each not in held.acks]:
-            return f"{', '.join(missing)} to hold the sum of {where}"
-        known = self.records.get(Step(held.version), {})
-        return f"the records of step {held.version}: {len(known)} of {len(self._num_sites)} chunks have closed"
+    def backups(self, chunk: ChunkId) -> list[Incarnation]:
+        """Whose acks a chunk's primary waits for."""
+        assert self.plan is not None
+        return [*self.plan.placements[chunk].in_sync[1:], *self.chunks[chunk].awaited]
 
     def judge(self, contribution: Contribution) -> Answer:
         """2. What a contribution is answered. Changes nothing, so it may be asked before its values are taken in."""
@@ -147,8 +120,7 @@ class ShardCore:
                 to_load.append(ChunkId(chunk))
         if to_load:
             effects += self._load(plan, to_load, begins=old is None or plan.timeline != old.timeline)
-        self._filling.clear()
-        self._to_fill = {chunk: None for chunk in self.chunks if self.is_primary(chunk) and plan.placements[chunk].learner}
+        self._filling.begin(chunk for chunk in self.chunks if self.is_primary(chunk) and plan.placements[chunk].learner)
         for chunk in self.chunks:
             effects += self._replicate(chunk)
             effects += self._tell_position(chunk)
@@ -184,8 +156,7 @@ class ShardCore:
         for chunk in self.chunks:
             effects += self._replicate(chunk, again=True)
             effects += self._tell_position(chunk)
-        effects += [self._refill(chunk) for chunk in self._filling]
-        return effects + self._send_records()
+        return effects + [self._refill(chunk) for chunk in self._filling.under_way] + self._send_records()
 
     # ---- roles ---------------------------------------------------------------------------------------------------------
 
@@ -241,22 +212,10 @@ class ShardCore:
         if held.closed is None or not self.is_primary(chunk):
             return []
         message = Replicate(held.closed, self._records_before(held.version) if again else ())
-        return [self._send(to, message) for to in self._backups(chunk) if to not in held.acks]
-
-    def _backups(self, chunk: ChunkId) -> list[Incarnation]:
-        """Whose acks a chunk's primary waits for."""
-        assert self.plan is not None
-        return [*self.plan.placements[chunk].in_sync[1:], *self.chunks[chunk].awaited]
+        return [self._send(to, message) for to in self.backups(chunk) if to not in held.acks]
 
     def _fill(self) -> list[Effect]:
-        """11. Learners get their chunks a few at a time."""
-        effects: list[Effect] = []
-        while self._to_fill and len(self._filling) < REFILLS_AT_ONCE:
-            chunk = next(iter(self._to_fill))
-            del self._to_fill[chunk]
-            self._filling[chunk] = None
-            effects.append(self._refill(chunk))
-        return effects
+        return [self._refill(chunk) for chunk in self._filling.send()]
 
     def _refill(self, chunk: ChunkId) -> Effect:
         assert self.plan is not None
@@ -299,13 +258,11 @@ class ShardCore:
         if self.plan.placements[chunk].learner != self.me:
             return []
         held = self.chunks.get(chunk)
+        effects: list[Effect] = []
         if held is None or (held.version, held.closed is not None) < (message.version, message.closed is not None):
             self.chunks[chunk] = HeldChunk(message.version, self._fresh_barrier(chunk), closed=message.closed)
-            effects: list[Effect] = [KeepState(chunk, message.version, with_sum=message.closed is not None)]
-            effects += self._learn(message.previous)
-        else:
-            effects = self._learn(message.previous)
-        return effects + self._tell_position(chunk)
+            effects.append(KeepState(chunk, message.version, with_sum=message.closed is not None))
+        return effects + self._learn(message.previous) + self._tell_position(chunk)
 
     def _tell_position(self, chunk: ChunkId) -> list[Effect]:
         """11. A learner says where it stands, after every change."""
@@ -322,17 +279,14 @@ class ShardCore:
         held = self.chunks.get(message.chunk)
         if held is None or not self.is_primary(message.chunk) or self.plan.placements[message.chunk].learner != sender:
             return []
-        was_filled = message.chunk in self._filling
-        self._filling.pop(message.chunk, None)
         if (held.version, held.closed is not None) == (message.version, message.closed):
-            self._to_fill.pop(message.chunk, None)
+            self._filling.done(message.chunk)
             asks = [] if sender in held.awaited else [AskInSync(self.plan.number, message.chunk, sender)]
             held.awaited.add(sender)
             if held.closed is not None:
                 held.acks.add(sender)
             return [*asks, *self._settle(), *self._fill()]
-        if was_filled:
-            self._to_fill[message.chunk] = None  # a step has ended meanwhile: once more, after the others
+        self._filling.again(message.chunk)  # a step has ended meanwhile
         return self._fill()
 
     # ---- commit --------------------------------------------------------------------------------------------------------
@@ -360,7 +314,7 @@ class ShardCore:
             if held.closed is None or not self.is_primary(chunk):
                 continue
             known = self.records.setdefault(held.closed.step, {})
-            if held.acks.issuperset(self._backups(chunk)) and chunk not in known:
+            if held.acks.issuperset(self.backups(chunk)) and chunk not in known:
                 known[chunk] = held.closed
                 fresh.append(held.closed)
         return self._send_records(fresh) if fresh else []

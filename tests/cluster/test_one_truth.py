@@ -50,7 +50,13 @@ def shaped(stages: int, replicas: int, shards: int) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("shape", "schedule", "tied"), list(itertools.product(SHAPES, ["1f1b", "gpipe"], [False, True])), ids=str
+    ("shape", "schedule", "tied"),
+    [
+        *itertools.product(SHAPES, ["1f1b", "gpipe"], [False, True]),
+        ((2, 2, 2), "zero_bubble", True),
+        ((4, 1, 3), "zero_bubble", False),
+    ],
+    ids=str,
 )
 def test_every_shape_ends_with_the_references_digest_and_losses(
     truth: Truth, tmp_path: Path, shape: tuple[int, int, int], schedule: str, tied: bool

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from ps_service.core.commit import decide
+from ps_service.core.holdings import REFILLS_AT_ONCE
 from ps_service.core.messages import (
     Ack,
     Alarm,
@@ -34,7 +35,8 @@ from ps_service.core.messages import (
     Replicate,
     Send,
 )
-from ps_service.core.shard import REFILLS_AT_ONCE, ShardCore
+from ps_service.core.shard import ShardCore
+from ps_service.core.waiting import waits_for
 from shardlane.config import Config, build
 from shardlane.errors import StaleError
 from shardlane.ids import ChunkId, Incarnation, Lane, PlanNumber, RunId, SiteIndex, Step, Timeline, Version
@@ -223,6 +225,19 @@ def test_a_step_that_is_not_finite_is_skipped() -> None:
     effects = shard.on_message(Envelope(B, PlanNumber(1, 1), 0, Records((record(Y),))))
     (applied,) = of_kind(effects, Apply)
     assert isinstance(applied, Apply) and applied.scale is None and shard.version == 1
+
+
+def test_what_a_shard_waits_for_is_said() -> None:
+    shard = core(A)
+    assert waits_for(shard) == "a plan that makes it a primary"
+    shard.on_plan(plan(Placement((A, B)), Placement((B,))))
+    shard.on_push(push(lane(1)))
+    assert waits_for(shard) == "lanes of step 0 of chunk 0; those marked 1 are in: 01"
+    shard.on_push(push(lane(0)))
+    shard.on_measured(X, square_norm=1.0, digest=7)
+    assert waits_for(shard) == "shard-b to hold the sum of step 0 of chunk 0"
+    shard.on_message(Envelope(B, PlanNumber(1, 1), 0, Ack(Step(0), X)))
+    assert waits_for(shard) == "the other chunks of step 0; 1 have closed"
 
 
 def test_a_new_timeline_voids_everything() -> None:

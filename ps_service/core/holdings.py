@@ -1,0 +1,60 @@
+"""What a shard holds of a chunk, and the chunks it is filling learners with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+from ps_service.core.barrier import Barrier
+from ps_service.core.messages import Record
+from shardlane.ids import ChunkId, Incarnation, Version
+
+REFILLS_AT_ONCE = 4
+"""Chunks on their way to learners: few, so that a chunk's step has not ended when the learner's position comes back."""
+
+
+@dataclass(slots=True)
+class HeldChunk:
+    """A chunk that this shard holds: at `version`, with the step of the same number open or closed."""
+
+    version: Version
+    barrier: Barrier
+    measuring: bool = False  # every lane is in; the shell is taking the sum's measure
+    closed: Record | None = None  # the sum of step `version` is held, and this is its record
+    acks: set[Incarnation] = field(default_factory=set)  # holders that have the sum too, in the present epoch
+    awaited: set[Incarnation] = field(default_factory=set)  # learners whose acks count before a plan lists them (12)
+
+
+class Filling:
+    """11. The chunks whose learners a primary fills: those that are under way, and those whose turn will come."""
+
+    def __init__(self) -> None:
+        self._waiting: dict[ChunkId, None] = {}  # next first
+        self._under_way: dict[ChunkId, None] = {}
+
+    @property
+    def under_way(self) -> Sequence[ChunkId]:
+        return list(self._under_way)
+
+    def begin(self, chunks: Iterable[ChunkId]) -> None:
+        """A new plan: all of its learners, from the beginning."""
+        self._waiting, self._under_way = dict.fromkeys(chunks), {}
+
+    def send(self) -> Iterator[ChunkId]:
+        """Those whose turn it is now."""
+        while self._waiting and len(self._under_way) < REFILLS_AT_ONCE:
+            chunk = next(iter(self._waiting))
+            del self._waiting[chunk]
+            self._under_way[chunk] = None
+            yield chunk
+
+    def done(self, chunk: ChunkId) -> None:
+        """The learner stands where the primary does."""
+        self._waiting.pop(chunk, None)
+        self._under_way.pop(chunk, None)
+
+    def again(self, chunk: ChunkId) -> None:
+        """The learner has it, and the primary is past it: once more, after the others."""
+        if chunk in self._under_way:
+            del self._under_way[chunk]
+            self._waiting[chunk] = None
