@@ -1,7 +1,7 @@
 """Training one model: our cluster, every process counted, beside torch.distributed.pipelining's 1F1B over gloo.
 
-Two stages of one thread each, the same model code, micro-batches, AdamW and clipping; ours with its shard and coordinator on
-the same cores. Pairs alternate. With --device cuda a larger model in bf16, two stages on one device, beside plain PyTorch.
+Two stages of one thread each, the same model code, micro-batches, AdamW and clipping; ours with the zero-bubble schedule, and with
+its shard and coordinator on the same cores. Pairs alternate. With --device cuda a larger model in bf16, two stages on one device, beside plain PyTorch.
 """
 
 from __future__ import annotations
@@ -90,9 +90,9 @@ def start_peers(config: Config, file: Path, data: Path, device: str) -> list[Chi
 
 
 def main(argv: list[str]) -> int:
-    parser = arguments("pipeline", __doc__, rounds=7)
+    parser = arguments("pipeline", __doc__, rounds=9)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--steps", type=int, default=5, help="steps of a round that count (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=8, help="steps of a round that count (default: %(default)s)")
     parser.add_argument("--warm-up", type=int, default=2, help="steps of ours before them (default: %(default)s)")
     parser.add_argument("--config", type=Path, default=CONFIG, help="another model (default: configs/20m.toml)")
     options = parser.parse_args(argv)
@@ -125,7 +125,7 @@ def add_bubble(report: Report, config: Config, seen: list[Measured]) -> None:
     report.extra["phases"] = [each.phases for each in seen]
     report.notes.append(
         f"bubble {bubble.median:.3f} ({bubble.low:.3f} to {bubble.high:.3f});"
-        f" (P - 1) / (M + P - 1) = {ideal:.3f} with P = {NUM_STAGES}, M = {config.train.num_micro_batches}"
+        f" 1F1B's is (P - 1) / (M + P - 1) = {ideal:.3f} at best with P = {NUM_STAGES}, M = {config.train.num_micro_batches}"
     )
 
 

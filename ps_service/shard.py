@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
+from itertools import takewhile
 from pathlib import Path
 
 from torch import Tensor
@@ -55,6 +58,7 @@ from shardlane.partition import OPTIMIZER_STATES, Layout
 from shardlane.pb import coordinator_pb2
 from shardlane.plan import Plan
 
+APPLY_THREADS_MAX = 4  # each updates one chunk at a time
 SUMMARIES_MAX = 4096  # decided steps kept while the coordinator is away; the oldest are lost to metrics.jsonl beyond that
 
 
@@ -83,6 +87,7 @@ class Shard:
         self._checkpoint_path = checkpoint_path
         self._snapshots = SnapshotWriter(me, checkpoint_path, config.optimizer.name, self.store, report_checkpoint)
         self._on_plan, self._on_milestone = on_plan, on_milestone
+        self._appliers = ThreadPoolExecutor(min(APPLY_THREADS_MAX, os.cpu_count() or 1), thread_name_prefix="apply")
         self._lock = threading.Lock()
         self._outboxes: dict[Incarnation, Outbox] = {}
         self._summaries: deque[coordinator_pb2.StepSummary] = deque(maxlen=SUMMARIES_MAX)
@@ -153,6 +158,7 @@ class Shard:
             return waits_for(self._core)
 
     def close(self) -> None:
+        self._appliers.shutdown()
         self._snapshots.close()
         for outbox in self._outboxes.values():
             outbox.close()
@@ -204,8 +210,8 @@ class Shard:
     # ---- effects -------------------------------------------------------------------------------------------------------
 
     def _do(self, effects: Sequence[Effect], *, values: Sequence[Tensor] = (), message: Message | None = None) -> None:
-        """Does effects in order; a measured sum brings more, which come first. `values` belong to the event."""
-        todo = deque(effects)
+        """Does effects in order; a measured sum brings more. `values` belong to the event."""
+        todo, applied = deque(effects), dict[Apply, Future[None]]()
         while todo:
             effect = todo.popleft()
             match effect:
@@ -222,8 +228,9 @@ class Shard:
                     assert isinstance(message, Refill)
                     self._keep_state(effect, values, message.num_steps)
                 case Apply():
-                    with self.instruments.apply_seconds.time():
-                        self.store.apply(effect)
+                    if effect not in applied:
+                        applied = self._begin_applying(effect, todo)
+                    applied[effect].result()
                 case Publish():
                     self.publications.publish(effect.chunk, effect.version)
                 case DropSums():
@@ -245,6 +252,16 @@ class Shard:
                 case Alarm():
                     self.instruments.alarms.inc()
                     self.log.error(effect.text)
+
+    def _begin_applying(self, first: Apply, following: Iterable[Effect]) -> dict[Apply, Future[None]]:
+        """`first`, and the updates right behind it: they have nothing to do with one another, and each takes one thread."""
+        behind = takewhile(lambda effect: isinstance(effect, Apply | Publish), following)
+        updates = [first, *(effect for effect in behind if isinstance(effect, Apply))]
+        return {update: self._appliers.submit(self._apply, update) for update in updates}
+
+    def _apply(self, effect: Apply) -> None:
+        with self.instruments.apply_seconds.time():
+            self.store.apply(effect)
 
     def _load(self, timeline: Timeline, chunks: Sequence[ChunkId]) -> None:
         if not timeline.digest:

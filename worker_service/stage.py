@@ -17,7 +17,7 @@ from shardlane.lanes import Block, lane
 from shardlane.model import Stage
 from shardlane.partition import StageLayers
 from shardlane.rates import tree_sum
-from shardlane.weight_gradients import Pending
+from shardlane.weight_gradients import Pending, Product
 
 OnSum = Callable[[str, Block, Tensor], None]
 """(parameter's name, block, the block's gradient sum): called in the midst of a backward pass."""
@@ -86,7 +86,8 @@ class StageCompute:
         """
         passed = self._passed.pop(micro_batch)
         torch.autograd.backward(passed.out, gradient)
-        self._pending[micro_batch] = self._weight_gradients.take()
+        # An embedding's first: cheap to add and large to push, it travels while the products are worked out.
+        self._pending[micro_batch] = sorted(self._weight_gradients.take(), key=lambda each: isinstance(each, Product))
         return None if self.layers.is_first else passed.x.grad
 
     def add_weight_gradients(self, micro_batch: MicroBatch) -> None:
