@@ -1,7 +1,8 @@
 """Training one model: our cluster, every process counted, beside torch.distributed.pipelining's 1F1B over gloo.
 
-Two stages of one thread each, the same model code, micro-batches, AdamW and clipping; ours with the zero-bubble schedule, and with
-its shard and coordinator on the same cores. Pairs alternate. With --device cuda a larger model in bf16, two stages on one device, beside plain PyTorch.
+Two stages of one thread each, the same model code, micro-batches, AdamW and clipping; ours with the zero-bubble schedule, its
+shard and its coordinator on the same cores. Pairs alternate. With --device cuda a larger model in bf16, two stages on one
+device, beside plain PyTorch.
 """
 
 from __future__ import annotations
