@@ -30,7 +30,7 @@ help:
 	@echo '  make check     what a change must pass: format, lint, types, protos, YAML, then the tests'
 	@echo '  make proto     generates shardlane/pb anew from protos/ (in .venv-proto, with pinned tools)'
 	@echo '  make bench     ratios against peers measured in the same run: transport, pipeline'
-	@echo '  make evidence  the long tests; figures land under docs/evidence/'
+	@echo '  make evidence  the long tests and the benchmarks; figures land under docs/evidence/'
 	@echo '  make up, down  the same training in containers, with Prometheus: docker compose up, down (volumes stay)'
 	@echo
 	@echo 'After make setup: .venv/bin/shardlane --help, and CONTRIBUTING.md on how to work here.'
@@ -83,6 +83,8 @@ bench: setup
 
 evidence: setup
 	$(PYTEST) -m slow --timeout 7200
+	.venv/bin/python -m benchmarks.transport --json docs/evidence/transport.json
+	.venv/bin/python -m benchmarks.pipeline --json docs/evidence/pipeline.json
 
 up:
 	docker compose up --detach --wait --build

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 import socket
 import socketserver
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -202,6 +203,11 @@ class _Http(ThreadingHTTPServer):
         self.is_healthy = is_healthy
         self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
         super().__init__(address, _Page)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A scraper that goes away before it has its answer is no fault of ours."""
+        if not isinstance(sys.exception(), ConnectionError | TimeoutError):
+            super().handle_error(request, client_address)
 
     def server_bind(self) -> None:
         socketserver.TCPServer.server_bind(self)  # HTTPServer's own asks the name service who we are, which can take seconds

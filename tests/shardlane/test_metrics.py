@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import socket
+import struct
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -198,3 +200,22 @@ def test_a_port_in_use_is_the_users_error(metrics: Metrics) -> None:
         with pytest.raises(UserError, match="host:port"):
             metrics.serve(bind)
     assert metrics.serve("127.0.0.1:0") > 0  # and can still serve
+
+
+def test_a_scraper_that_goes_away_is_no_news(metrics: Metrics, capfd: pytest.CaptureFixture[str]) -> None:
+    asked, gone, answering = threading.Event(), threading.Event(), list[threading.Thread]()
+
+    def is_healthy() -> bool:
+        answering.append(threading.current_thread())
+        asked.set()
+        return gone.wait(10)
+
+    port = metrics.serve("127.0.0.1:0", is_healthy)
+    with socket.create_connection(("127.0.0.1", port)) as scraper:
+        scraper.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # closing resets the connection
+        scraper.sendall(b"GET /healthz HTTP/1.1\r\n\r\n")
+        assert asked.wait(10)
+    gone.set()
+    answering[0].join(10)
+    assert not answering[0].is_alive()
+    assert capfd.readouterr().err == ""
