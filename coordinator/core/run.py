@@ -148,6 +148,8 @@ class Run:
 
     def may_leave(self, incarnation: Incarnation, now: float) -> bool:
         """Whether a member that is leaving is not needed any more."""
+        if incarnation not in self.members.leaving:
+            return False
         if self.has_ended or self.plan is None or self.is_suspended:
             return True
         return self.members.plan(incarnation) == self.plan.number and self._departures.may_leave(
