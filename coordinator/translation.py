@@ -48,6 +48,7 @@ def heartbeat_from_wire(request: coordinator_pb2.HeartbeatRequest) -> Heartbeat:
         steps=tuple(map(_summary_from_wire, request.steps)),
         activity=request.activity,
         caught_up={ChunkId(each.chunk): Incarnation(each.learner) for each in request.caught_up},
+        diverged=frozenset(map(ChunkId, request.diverged)),
         is_leaving=request.leaving,
     )
 
