@@ -36,7 +36,7 @@ from shardlane.ids import ChunkId, Incarnation, PlanNumber, Version
 from shardlane.partition import Layout
 from shardlane.plan import REQUEST_CHECKPOINT, REQUEST_STOP
 
-LOOK_SECONDS = 2.0  # between looks at how fast workers are
+LOOK_SECONDS = 4.0  # between looks at how fast workers are
 ADOPTION_SECONDS = 1.0  # that members have to hear of a plan which takes effect at a later version
 
 
