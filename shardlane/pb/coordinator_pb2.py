@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from shardlane.pb import tensor_pb2 as shardlane_dot_pb_dot_tensor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1eshardlane/pb/coordinator.proto\x12\x18shardlane.coordinator.v1\x1a\x19shardlane/pb/tensor.proto\"\\\n\x06Member\x12\x13\n\x0bincarnation\x18\x01 \x01(\t\x12,\n\x04role\x18\x02 \x01(\x0e\x32\x1e.shardlane.coordinator.v1.Role\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\")\n\x0bStageLayers\x12\r\n\x05\x66irst\x18\x01 \x01(\r\x12\x0b\n\x03\x65nd\x18\x02 \x01(\r\"F\n\x07Replica\x12\x0f\n\x07workers\x18\x01 \x03(\r\x12*\n\x06\x62locks\x18\x02 \x03(\x0b\x32\x1a.shardlane.tensor.v1.Block\"2\n\x0e\x43hunkPlacement\x12\x0f\n\x07in_sync\x18\x01 \x03(\r\x12\x0f\n\x07learner\x18\x02 \x01(\r\"\xf1\x02\n\x04Plan\x12/\n\x06number\x18\x01 \x01(\x0b\x32\x1f.shardlane.tensor.v1.PlanNumber\x12\x0e\n\x06run_id\x18\x02 \x01(\t\x12/\n\x08timeline\x18\x03 \x01(\x0b\x32\x1d.shardlane.tensor.v1.Timeline\x12\x31\n\x07members\x18\x04 \x03(\x0b\x32 .shardlane.coordinator.v1.Member\x12\x35\n\x06stages\x18\x05 \x03(\x0b\x32%.shardlane.coordinator.v1.StageLayers\x12\x33\n\x08replicas\x18\x06 \x03(\x0b\x32!.shardlane.coordinator.v1.Replica\x12\x38\n\x06\x63hunks\x18\x07 \x03(\x0b\x32(.shardlane.coordinator.v1.ChunkPlacement\x12\x0e\n\x06\x64igest\x18\x08 \x01(\t\x12\x0e\n\x06reason\x18\t \x01(\t\"9\n\rGetRunRequest\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x0e\n\x06run_id\x18\x02 \x01(\t\"^\n\x0eGetRunResponse\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x0e\n\x06\x63onfig\x18\x02 \x01(\t\x12\x13\n\x0b\x64\x61ta_digest\x18\x03 \x01(\t\x12\x17\n\x0f\x63heckpoint_path\x18\x04 \x01(\t\"\xc0\x01\n\x0fRegisterRequest\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12,\n\x04role\x18\x02 \x01(\x0e\x32\x1e.shardlane.coordinator.v1.Role\x12\x13\n\x0bincarnation\x18\x03 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x04 \x01(\t\x12\x16\n\x0enumerics_class\x18\x05 \x01(\t\x12\x0e\n\x06run_id\x18\x06 \x01(\t\x12\x17\n\x0fmetrics_address\x18\x07 \x01(\t\")\n\x10RegisterResponse\x12\x15\n\rlease_seconds\x18\x01 \x01(\x01\"\x86\x01\n\x0bStepSummary\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12\x0c\n\x04loss\x18\x02 \x01(\x01\x12\x11\n\tgrad_norm\x18\x03 \x01(\x01\x12\x15\n\rlearning_rate\x18\x04 \x01(\x01\x12\x0e\n\x06tokens\x18\x05 \x01(\x04\x12\x0f\n\x07skipped\x18\x06 \x01(\x08\x12\x10\n\x08requests\x18\x07 \x01(\r\"\xe6\x01\n\x10HeartbeatRequest\x12\x13\n\x0bincarnation\x18\x01 \x01(\t\x12-\n\x04plan\x18\x02 \x01(\x0b\x32\x1f.shardlane.tensor.v1.PlanNumber\x12\x0f\n\x07version\x18\x03 \x01(\x04\x12\x34\n\x05steps\x18\x04 \x03(\x0b\x32%.shardlane.coordinator.v1.StepSummary\x12\x10\n\x08\x61\x63tivity\x18\x05 \x01(\t\x12\x35\n\tcaught_up\x18\x06 \x03(\x0b\x32\".shardlane.coordinator.v1.CaughtUp\"*\n\x08\x43\x61ughtUp\x12\r\n\x05\x63hunk\x18\x01 \x01(\r\x12\x0f\n\x07learner\x18\x02 \x01(\t\"\x9b\x01\n\x11HeartbeatResponse\x12\x15\n\rlease_seconds\x18\x01 \x01(\x01\x12\x31\n\x05state\x18\x02 \x01(\x0e\x32\".shardlane.coordinator.v1.RunState\x12\x1a\n\x12\x61\x63knowledged_steps\x18\x03 \x01(\x04\x12\x10\n\x08requests\x18\x04 \x01(\r\x12\x0e\n\x06reason\x18\x05 \x01(\t\"W\n\x11WatchPlansRequest\x12\x13\n\x0bincarnation\x18\x01 \x01(\t\x12-\n\x04have\x18\x02 \x01(\x0b\x32\x1f.shardlane.tensor.v1.PlanNumber\"B\n\x12WatchPlansResponse\x12,\n\x04plan\x18\x01 \x01(\x0b\x32\x1e.shardlane.coordinator.v1.Plan\"p\n\x17ReportValidationRequest\x12\x13\n\x0bincarnation\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x04\x12\r\n\x05index\x18\x03 \x01(\r\x12\x10\n\x08loss_sum\x18\x04 \x01(\x01\x12\x0e\n\x06tokens\x18\x05 \x01(\x04\"\x1a\n\x18ReportValidationResponse\"\x9d\x01\n\x0e\x43hunkChecksums\x12\r\n\x05\x63hunk\x18\x01 \x01(\r\x12J\n\tchecksums\x18\x02 \x03(\x0b\x32\x37.shardlane.coordinator.v1.ChunkChecksums.ChecksumsEntry\x1a\x30\n\x0e\x43hecksumsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\xc1\x01\n\x17ReportCheckpointRequest\x12\x13\n\x0bincarnation\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x04\x12\x16\n\x0eoptimizer_step\x18\x03 \x01(\x04\x12\x0c\n\x04\x66ile\x18\x04 \x01(\t\x12\x11\n\tnum_bytes\x18\x05 \x01(\x04\x12\x38\n\x06\x63hunks\x18\x06 \x03(\x0b\x32(.shardlane.coordinator.v1.ChunkChecksums\x12\r\n\x05\x65rror\x18\x07 \x01(\t\"\x1a\n\x18ReportCheckpointResponse\"\x12\n\x10GetStatusRequest\"\xc6\x01\n\x0cMemberStatus\x12\x30\n\x06member\x18\x01 \x01(\x0b\x32 .shardlane.coordinator.v1.Member\x12\x17\n\x0fmetrics_address\x18\x02 \x01(\t\x12\x19\n\x11lease_age_seconds\x18\x03 \x01(\x01\x12\x0f\n\x07version\x18\x04 \x01(\x04\x12\x10\n\x08\x61\x63tivity\x18\x05 \x01(\t\x12-\n\x04plan\x18\x06 \x01(\x0b\x32\x1f.shardlane.tensor.v1.PlanNumber\"\xb7\x03\n\x11GetStatusResponse\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x10\n\x08run_name\x18\x02 \x01(\t\x12\x31\n\x05state\x18\x03 \x01(\x0e\x32\".shardlane.coordinator.v1.RunState\x12\x0e\n\x06reason\x18\x04 \x01(\t\x12\x0f\n\x07version\x18\x05 \x01(\x04\x12\x11\n\tlast_step\x18\x06 \x01(\x04\x12\x35\n\x06newest\x18\x07 \x01(\x0b\x32%.shardlane.coordinator.v1.StepSummary\x12\x19\n\x11tokens_per_second\x18\x08 \x01(\x01\x12,\n\x04plan\x18\t \x01(\x0b\x32\x1e.shardlane.coordinator.v1.Plan\x12\x37\n\x07members\x18\n \x03(\x0b\x32&.shardlane.coordinator.v1.MemberStatus\x12\x13\n\x0bwaiting_for\x18\x0b \x01(\t\x12\x19\n\x11newest_checkpoint\x18\x0c \x01(\x04\x12\x17\n\x0fvalidation_loss\x18\r \x01(\x01\x12\x17\n\x0f\x63hunks_by_shard\x18\x0e \x03(\r\"I\n\x0e\x43ontrolRequest\x12\x37\n\x06\x61\x63tion\x18\x01 \x01(\x0e\x32\'.shardlane.coordinator.v1.ControlAction\"D\n\x0f\x43ontrolResponse\x12\x31\n\x05state\x18\x01 \x01(\x0e\x32\".shardlane.coordinator.v1.RunState*=\n\x04Role\x12\x14\n\x10ROLE_UNSPECIFIED\x10\x00\x12\x0e\n\nROLE_SHARD\x10\x01\x12\x0f\n\x0bROLE_WORKER\x10\x02*\xb3\x01\n\x08RunState\x12\x19\n\x15RUN_STATE_UNSPECIFIED\x10\x00\x12\x17\n\x13RUN_STATE_GATHERING\x10\x01\x12\x16\n\x12RUN_STATE_TRAINING\x10\x02\x12\x14\n\x10RUN_STATE_PAUSED\x10\x03\x12\x17\n\x13RUN_STATE_FINISHING\x10\x04\x12\x16\n\x12RUN_STATE_FINISHED\x10\x05\x12\x14\n\x10RUN_STATE_FAILED\x10\x06*\x9c\x01\n\rControlAction\x12\x1e\n\x1a\x43ONTROL_ACTION_UNSPECIFIED\x10\x00\x12\x18\n\x14\x43ONTROL_ACTION_PAUSE\x10\x01\x12\x19\n\x15\x43ONTROL_ACTION_RESUME\x10\x02\x12\x1d\n\x19\x43ONTROL_ACTION_CHECKPOINT\x10\x03\x12\x17\n\x13\x43ONTROL_ACTION_STOP\x10\x04\x32\xda\x06\n\x0b\x43oordinator\x12[\n\x06GetRun\x12\'.shardlane.coordinator.v1.GetRunRequest\x1a(.shardlane.coordinator.v1.GetRunResponse\x12\x61\n\x08Register\x12).shardlane.coordinator.v1.RegisterRequest\x1a*.shardlane.coordinator.v1.RegisterResponse\x12\x64\n\tHeartbeat\x12*.shardlane.coordinator.v1.HeartbeatRequest\x1a+.shardlane.coordinator.v1.HeartbeatResponse\x12i\n\nWatchPlans\x12+.shardlane.coordinator.v1.WatchPlansRequest\x1a,.shardlane.coordinator.v1.WatchPlansResponse0\x01\x12y\n\x10ReportValidation\x12\x31.shardlane.coordinator.v1.ReportValidationRequest\x1a\x32.shardlane.coordinator.v1.ReportValidationResponse\x12y\n\x10ReportCheckpoint\x12\x31.shardlane.coordinator.v1.ReportCheckpointRequest\x1a\x32.shardlane.coordinator.v1.ReportCheckpointResponse\x12\x64\n\tGetStatus\x12*.shardlane.coordinator.v1.GetStatusRequest\x1a+.shardlane.coordinator.v1.GetStatusResponse\x12^\n\x07\x43ontrol\x12(.shardlane.coordinator.v1.ControlRequest\x1a).shardlane.coordinator.v1.ControlResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1eshardlane/pb/coordinator.proto\x12\x18shardlane.coordinator.v1\x1a\x19shardlane/pb/tensor.proto\"\\\n\x06Member\x12\x13\n\x0bincarnation\x18\x01 \x01(\t\x12,\n\x04role\x18\x02 \x01(\x0e\x32\x1e.shardlane.coordinator.v1.Role\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\")\n\x0bStageLayers\x12\r\n\x05\x66irst\x18\x01 \x01(\r\x12\x0b\n\x03\x65nd\x18\x02 \x01(\r\"F\n\x07Replica\x12\x0f\n\x07workers\x18\x01 \x03(\r\x12*\n\x06\x62locks\x18\x02 \x03(\x0b\x32\x1a.shardlane.tensor.v1.Block\"2\n\x0e\x43hunkPlacement\x12\x0f\n\x07in_sync\x18\x01 \x03(\r\x12\x0f\n\x07learner\x18\x02 \x01(\r\"\xf1\x02\n\x04Plan\x12/\n\x06number\x18\x01 \x01(\x0b\x32\x1f.shardlane.tensor.v1.PlanNumber\x12\x0e\n\x06run_id\x18\x02 \x01(\t\x12/\n\x08timeline\x18\x03 \x01(\x0b\x32\x1d.shardlane.tensor.v1.Timeline\x12\x31\n\x07members\x18\x04 \x03(\x0b\x32 .shardlane.coordinator.v1.Member\x12\x35\n\x06stages\x18\x05 \x03(\x0b\x32%.shardlane.coordinator.v1.StageLayers\x12\x33\n\x08replicas\x18\x06 \x03(\x0b\x32!.shardlane.coordinator.v1.Replica\x12\x38\n\x06\x63hunks\x18\x07 \x03(\x0b\x32(.shardlane.coordinator.v1.ChunkPlacement\x12\x0e\n\x06\x64igest\x18\x08 \x01(\t\x12\x0e\n\x06reason\x18\t \x01(\t\"9\n\rGetRunRequest\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x0e\n\x06run_id\x18\x02 \x01(\t\"^\n\x0eGetRunResponse\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x0e\n\x06\x63onfig\x18\x02 \x01(\t\x12\x13\n\x0b\x64\x61ta_digest\x18\x03 \x01(\t\x12\x17\n\x0f\x63heckpoint_path\x18\x04 \x01(\t\"\xc0\x01\n\x0fRegisterRequest\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12,\n\x04role\x18\x02 \x01(\x0e\x32\x1e.shardlane.coordinator.v1.Role\x12\x13\n\x0bincarnation\x18\x03 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x04 \x01(\t\x12\x16\n\x0enumerics_class\x18\x05 \x01(\t\x12\x0e\n\x06run_id\x18\x06 \x01(\t\x12\x17\n\x0fmetrics_address\x18\x07 \x01(\t\")\n\x10RegisterResponse\x12\x15\n\rlease_seconds\x18\x01 \x01(\x01\"\xb1\x01\n\x0bStepSummary\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12\x0c\n\x04loss\x18\x02 \x01(\x01\x12\x11\n\tgrad_norm\x18\x03 \x01(\x01\x12\x15\n\rlearning_rate\x18\x04 \x01(\x01\x12\x0e\n\x06tokens\x18\x05 \x01(\x04\x12\x0f\n\x07skipped\x18\x06 \x01(\x08\x12\x10\n\x08requests\x18\x07 \x01(\r\x12)\n\x05tally\x18\x08 \x01(\x0b\x32\x1a.shardlane.tensor.v1.Tally\"\xe6\x01\n\x10HeartbeatRequest\x12\x13\n\x0bincarnation\x18\x01 \x01(\t\x12-\n\x04plan\x18\x02 \x01(\x0b\x32\x1f.shardlane.tensor.v1.PlanNumber\x12\x0f\n\x07version\x18\x03 \x01(\x04\x12\x34\n\x05steps\x18\x04 \x03(\x0b\x32%.shardlane.coordinator.v1.StepSummary\x12\x10\n\x08\x61\x63tivity\x18\x05 \x01(\t\x12\x35\n\tcaught_up\x18\x06 \x03(\x0b\x32\".shardlane.coordinator.v1.CaughtUp\"*\n\x08\x43\x61ughtUp\x12\r\n\x05\x63hunk\x18\x01 \x01(\r\x12\x0f\n\x07learner\x18\x02 \x01(\t\"\x9b\x01\n\x11HeartbeatResponse\x12\x15\n\rlease_seconds\x18\x01 \x01(\x01\x12\x31\n\x05state\x18\x02 \x01(\x0e\x32\".shardlane.coordinator.v1.RunState\x12\x1a\n\x12\x61\x63knowledged_steps\x18\x03 \x01(\x04\x12\x10\n\x08requests\x18\x04 \x01(\r\x12\x0e\n\x06reason\x18\x05 \x01(\t\"W\n\x11WatchPlansRequest\x12\x13\n\x0bincarnation\x18\x01 \x01(\t\x12-\n\x04have\x18\x02 \x01(\x0b\x32\x1f.shardlane.tensor.v1.PlanNumber\"B\n\x12WatchPlansResponse\x12,\n\x04plan\x18\x01 \x01(\x0b\x32\x1e.shardlane.coordinator.v1.Plan\"p\n\x17ReportValidationRequest\x12\x13\n\x0bincarnation\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x04\x12\r\n\x05index\x18\x03 \x01(\r\x12\x10\n\x08loss_sum\x18\x04 \x01(\x01\x12\x0e\n\x06tokens\x18\x05 \x01(\x04\"\x1a\n\x18ReportValidationResponse\"\x9d\x01\n\x0e\x43hunkChecksums\x12\r\n\x05\x63hunk\x18\x01 \x01(\r\x12J\n\tchecksums\x18\x02 \x03(\x0b\x32\x37.shardlane.coordinator.v1.ChunkChecksums.ChecksumsEntry\x1a\x30\n\x0e\x43hecksumsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\xc1\x01\n\x17ReportCheckpointRequest\x12\x13\n\x0bincarnation\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x04\x12\x16\n\x0eoptimizer_step\x18\x03 \x01(\x04\x12\x0c\n\x04\x66ile\x18\x04 \x01(\t\x12\x11\n\tnum_bytes\x18\x05 \x01(\x04\x12\x38\n\x06\x63hunks\x18\x06 \x03(\x0b\x32(.shardlane.coordinator.v1.ChunkChecksums\x12\r\n\x05\x65rror\x18\x07 \x01(\t\"\x1a\n\x18ReportCheckpointResponse\"\x12\n\x10GetStatusRequest\"\xc6\x01\n\x0cMemberStatus\x12\x30\n\x06member\x18\x01 \x01(\x0b\x32 .shardlane.coordinator.v1.Member\x12\x17\n\x0fmetrics_address\x18\x02 \x01(\t\x12\x19\n\x11lease_age_seconds\x18\x03 \x01(\x01\x12\x0f\n\x07version\x18\x04 \x01(\x04\x12\x10\n\x08\x61\x63tivity\x18\x05 \x01(\t\x12-\n\x04plan\x18\x06 \x01(\x0b\x32\x1f.shardlane.tensor.v1.PlanNumber\"\xb7\x03\n\x11GetStatusResponse\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x10\n\x08run_name\x18\x02 \x01(\t\x12\x31\n\x05state\x18\x03 \x01(\x0e\x32\".shardlane.coordinator.v1.RunState\x12\x0e\n\x06reason\x18\x04 \x01(\t\x12\x0f\n\x07version\x18\x05 \x01(\x04\x12\x11\n\tlast_step\x18\x06 \x01(\x04\x12\x35\n\x06newest\x18\x07 \x01(\x0b\x32%.shardlane.coordinator.v1.StepSummary\x12\x19\n\x11tokens_per_second\x18\x08 \x01(\x01\x12,\n\x04plan\x18\t \x01(\x0b\x32\x1e.shardlane.coordinator.v1.Plan\x12\x37\n\x07members\x18\n \x03(\x0b\x32&.shardlane.coordinator.v1.MemberStatus\x12\x13\n\x0bwaiting_for\x18\x0b \x01(\t\x12\x19\n\x11newest_checkpoint\x18\x0c \x01(\x04\x12\x17\n\x0fvalidation_loss\x18\r \x01(\x01\x12\x17\n\x0f\x63hunks_by_shard\x18\x0e \x03(\r\"I\n\x0e\x43ontrolRequest\x12\x37\n\x06\x61\x63tion\x18\x01 \x01(\x0e\x32\'.shardlane.coordinator.v1.ControlAction\"D\n\x0f\x43ontrolResponse\x12\x31\n\x05state\x18\x01 \x01(\x0e\x32\".shardlane.coordinator.v1.RunState*=\n\x04Role\x12\x14\n\x10ROLE_UNSPECIFIED\x10\x00\x12\x0e\n\nROLE_SHARD\x10\x01\x12\x0f\n\x0bROLE_WORKER\x10\x02*\xb3\x01\n\x08RunState\x12\x19\n\x15RUN_STATE_UNSPECIFIED\x10\x00\x12\x17\n\x13RUN_STATE_GATHERING\x10\x01\x12\x16\n\x12RUN_STATE_TRAINING\x10\x02\x12\x14\n\x10RUN_STATE_PAUSED\x10\x03\x12\x17\n\x13RUN_STATE_FINISHING\x10\x04\x12\x16\n\x12RUN_STATE_FINISHED\x10\x05\x12\x14\n\x10RUN_STATE_FAILED\x10\x06*\x9c\x01\n\rControlAction\x12\x1e\n\x1a\x43ONTROL_ACTION_UNSPECIFIED\x10\x00\x12\x18\n\x14\x43ONTROL_ACTION_PAUSE\x10\x01\x12\x19\n\x15\x43ONTROL_ACTION_RESUME\x10\x02\x12\x1d\n\x19\x43ONTROL_ACTION_CHECKPOINT\x10\x03\x12\x17\n\x13\x43ONTROL_ACTION_STOP\x10\x04\x32\xda\x06\n\x0b\x43oordinator\x12[\n\x06GetRun\x12\'.shardlane.coordinator.v1.GetRunRequest\x1a(.shardlane.coordinator.v1.GetRunResponse\x12\x61\n\x08Register\x12).shardlane.coordinator.v1.RegisterRequest\x1a*.shardlane.coordinator.v1.RegisterResponse\x12\x64\n\tHeartbeat\x12*.shardlane.coordinator.v1.HeartbeatRequest\x1a+.shardlane.coordinator.v1.HeartbeatResponse\x12i\n\nWatchPlans\x12+.shardlane.coordinator.v1.WatchPlansRequest\x1a,.shardlane.coordinator.v1.WatchPlansResponse0\x01\x12y\n\x10ReportValidation\x12\x31.shardlane.coordinator.v1.ReportValidationRequest\x1a\x32.shardlane.coordinator.v1.ReportValidationResponse\x12y\n\x10ReportCheckpoint\x12\x31.shardlane.coordinator.v1.ReportCheckpointRequest\x1a\x32.shardlane.coordinator.v1.ReportCheckpointResponse\x12\x64\n\tGetStatus\x12*.shardlane.coordinator.v1.GetStatusRequest\x1a+.shardlane.coordinator.v1.GetStatusResponse\x12^\n\x07\x43ontrol\x12(.shardlane.coordinator.v1.ControlRequest\x1a).shardlane.coordinator.v1.ControlResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,12 +34,12 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_CHUNKCHECKSUMS_CHECKSUMSENTRY']._loaded_options = None
   _globals['_CHUNKCHECKSUMS_CHECKSUMSENTRY']._serialized_options = b'8\001'
-  _globals['_ROLE']._serialized_start=3176
-  _globals['_ROLE']._serialized_end=3237
-  _globals['_RUNSTATE']._serialized_start=3240
-  _globals['_RUNSTATE']._serialized_end=3419
-  _globals['_CONTROLACTION']._serialized_start=3422
-  _globals['_CONTROLACTION']._serialized_end=3578
+  _globals['_ROLE']._serialized_start=3219
+  _globals['_ROLE']._serialized_end=3280
+  _globals['_RUNSTATE']._serialized_start=3283
+  _globals['_RUNSTATE']._serialized_end=3462
+  _globals['_CONTROLACTION']._serialized_start=3465
+  _globals['_CONTROLACTION']._serialized_end=3621
   _globals['_MEMBER']._serialized_start=87
   _globals['_MEMBER']._serialized_end=179
   _globals['_STAGELAYERS']._serialized_start=181
@@ -59,39 +59,39 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_REGISTERRESPONSE']._serialized_start=1070
   _globals['_REGISTERRESPONSE']._serialized_end=1111
   _globals['_STEPSUMMARY']._serialized_start=1114
-  _globals['_STEPSUMMARY']._serialized_end=1248
-  _globals['_HEARTBEATREQUEST']._serialized_start=1251
-  _globals['_HEARTBEATREQUEST']._serialized_end=1481
-  _globals['_CAUGHTUP']._serialized_start=1483
-  _globals['_CAUGHTUP']._serialized_end=1525
-  _globals['_HEARTBEATRESPONSE']._serialized_start=1528
-  _globals['_HEARTBEATRESPONSE']._serialized_end=1683
-  _globals['_WATCHPLANSREQUEST']._serialized_start=1685
-  _globals['_WATCHPLANSREQUEST']._serialized_end=1772
-  _globals['_WATCHPLANSRESPONSE']._serialized_start=1774
-  _globals['_WATCHPLANSRESPONSE']._serialized_end=1840
-  _globals['_REPORTVALIDATIONREQUEST']._serialized_start=1842
-  _globals['_REPORTVALIDATIONREQUEST']._serialized_end=1954
-  _globals['_REPORTVALIDATIONRESPONSE']._serialized_start=1956
-  _globals['_REPORTVALIDATIONRESPONSE']._serialized_end=1982
-  _globals['_CHUNKCHECKSUMS']._serialized_start=1985
-  _globals['_CHUNKCHECKSUMS']._serialized_end=2142
-  _globals['_CHUNKCHECKSUMS_CHECKSUMSENTRY']._serialized_start=2094
-  _globals['_CHUNKCHECKSUMS_CHECKSUMSENTRY']._serialized_end=2142
-  _globals['_REPORTCHECKPOINTREQUEST']._serialized_start=2145
-  _globals['_REPORTCHECKPOINTREQUEST']._serialized_end=2338
-  _globals['_REPORTCHECKPOINTRESPONSE']._serialized_start=2340
-  _globals['_REPORTCHECKPOINTRESPONSE']._serialized_end=2366
-  _globals['_GETSTATUSREQUEST']._serialized_start=2368
-  _globals['_GETSTATUSREQUEST']._serialized_end=2386
-  _globals['_MEMBERSTATUS']._serialized_start=2389
-  _globals['_MEMBERSTATUS']._serialized_end=2587
-  _globals['_GETSTATUSRESPONSE']._serialized_start=2590
-  _globals['_GETSTATUSRESPONSE']._serialized_end=3029
-  _globals['_CONTROLREQUEST']._serialized_start=3031
-  _globals['_CONTROLREQUEST']._serialized_end=3104
-  _globals['_CONTROLRESPONSE']._serialized_start=3106
-  _globals['_CONTROLRESPONSE']._serialized_end=3174
-  _globals['_COORDINATOR']._serialized_start=3581
-  _globals['_COORDINATOR']._serialized_end=4439
+  _globals['_STEPSUMMARY']._serialized_end=1291
+  _globals['_HEARTBEATREQUEST']._serialized_start=1294
+  _globals['_HEARTBEATREQUEST']._serialized_end=1524
+  _globals['_CAUGHTUP']._serialized_start=1526
+  _globals['_CAUGHTUP']._serialized_end=1568
+  _globals['_HEARTBEATRESPONSE']._serialized_start=1571
+  _globals['_HEARTBEATRESPONSE']._serialized_end=1726
+  _globals['_WATCHPLANSREQUEST']._serialized_start=1728
+  _globals['_WATCHPLANSREQUEST']._serialized_end=1815
+  _globals['_WATCHPLANSRESPONSE']._serialized_start=1817
+  _globals['_WATCHPLANSRESPONSE']._serialized_end=1883
+  _globals['_REPORTVALIDATIONREQUEST']._serialized_start=1885
+  _globals['_REPORTVALIDATIONREQUEST']._serialized_end=1997
+  _globals['_REPORTVALIDATIONRESPONSE']._serialized_start=1999
+  _globals['_REPORTVALIDATIONRESPONSE']._serialized_end=2025
+  _globals['_CHUNKCHECKSUMS']._serialized_start=2028
+  _globals['_CHUNKCHECKSUMS']._serialized_end=2185
+  _globals['_CHUNKCHECKSUMS_CHECKSUMSENTRY']._serialized_start=2137
+  _globals['_CHUNKCHECKSUMS_CHECKSUMSENTRY']._serialized_end=2185
+  _globals['_REPORTCHECKPOINTREQUEST']._serialized_start=2188
+  _globals['_REPORTCHECKPOINTREQUEST']._serialized_end=2381
+  _globals['_REPORTCHECKPOINTRESPONSE']._serialized_start=2383
+  _globals['_REPORTCHECKPOINTRESPONSE']._serialized_end=2409
+  _globals['_GETSTATUSREQUEST']._serialized_start=2411
+  _globals['_GETSTATUSREQUEST']._serialized_end=2429
+  _globals['_MEMBERSTATUS']._serialized_start=2432
+  _globals['_MEMBERSTATUS']._serialized_end=2630
+  _globals['_GETSTATUSRESPONSE']._serialized_start=2633
+  _globals['_GETSTATUSRESPONSE']._serialized_end=3072
+  _globals['_CONTROLREQUEST']._serialized_start=3074
+  _globals['_CONTROLREQUEST']._serialized_end=3147
+  _globals['_CONTROLRESPONSE']._serialized_start=3149
+  _globals['_CONTROLRESPONSE']._serialized_end=3217
+  _globals['_COORDINATOR']._serialized_start=3624
+  _globals['_COORDINATOR']._serialized_end=4482
 # @@protoc_insertion_point(module_scope)
