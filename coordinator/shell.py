@@ -193,7 +193,7 @@ class Coordinator:
 
         def keep() -> None:
             if not report.error and report.version > self.run.checkpoint.version:
-                self._store.keep_report("checkpoint", report.version, report.incarnation, body)
+                self._store.keep_report("checkpoint", report.version, report.file, body)
 
         self._feed(lambda now: self.run.on_checkpoint_part(report), keep)
 
