@@ -49,6 +49,7 @@ def heartbeat_from_wire(request: coordinator_pb2.HeartbeatRequest, num_lanes: in
         steps=tuple(_summary_from_wire(each, num_lanes) for each in request.steps),
         activity=request.activity,
         caught_up={ChunkId(each.chunk): Incarnation(each.learner) for each in request.caught_up},
+        diverged=frozenset(map(ChunkId, request.diverged)),
         is_leaving=request.leaving,
     )
 

@@ -84,6 +84,7 @@ def _set_body(header: ps_pb2.DeliverRequest, message: Message) -> None:
         case Replicate():
             header.replicate.record.CopyFrom(record_to_wire(message.record))
             header.replicate.previous.extend(record_to_wire(record) for record in message.previous)
+            header.replicate.parameters_digest = message.parameters_digest
         case Ack():
             header.ack.CopyFrom(ps_pb2.Ack(step=message.step, chunk=message.chunk))
         case Records():
@@ -112,7 +113,8 @@ def from_wire(request: ps_pb2.DeliverRequest, layout: Layout, num_lanes: int) ->
     match request.WhichOneof("body"):
         case "replicate":
             body = request.replicate
-            message = Replicate(one(body.record), records(body.previous))
+            compared = body.parameters_digest
+            message = Replicate(one(body.record), records(body.previous), bool(compared), compared)
         case "ack":
             message = Ack(Step(request.ack.step), chunk_id(request.ack.chunk, num_chunks))
         case "records":

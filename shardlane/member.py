@@ -55,6 +55,7 @@ class Beat:
     steps: Sequence[coordinator_pb2.StepSummary] = ()
     activity: str = ""
     caught_up: Sequence[tuple[ChunkId, Incarnation]] = ()  # learners that a primary waits for
+    diverged: Sequence[ChunkId] = ()  # chunks of which a shard has dropped its copy, since it differed from the primary's
 
 
 def new_incarnation(role: Role) -> Incarnation:
@@ -242,6 +243,7 @@ class Membership:
             steps=beat.steps,
             activity=beat.activity[:64],
             caught_up=[coordinator_pb2.CaughtUp(chunk=chunk, learner=learner) for chunk, learner in beat.caught_up],
+            diverged=beat.diverged,
             leaving=self._is_leaving,
         )
         try:

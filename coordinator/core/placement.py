@@ -117,12 +117,19 @@ def place_chunks(
     return tuple(Placement(holders) for holders in zip(*ranks, strict=True))
 
 
-def surviving(previous: Sequence[Placement], alive: Sequence[Incarnation]) -> tuple[Placement, ...] | None:
-    """The placements without the dead: the next in-sync copy is primary (rule 13). None if a chunk has no copy left."""
-    here = set(alive)
+def surviving(
+    previous: Sequence[Placement],
+    alive: Sequence[Incarnation],
+    dropped: Mapping[Incarnation, frozenset[ChunkId]] | None = None,
+) -> tuple[Placement, ...] | None:
+    """The placements without the dead: the next in-sync copy is primary (rule 13). None if a chunk has no copy left.
+
+    `dropped`: copies that a shard which lives does not hold any more.
+    """
+    here, dropped = set(alive), dropped or {}
     placements = []
-    for placement in previous:
-        in_sync = tuple(shard for shard in placement.in_sync if shard in here)
+    for chunk, placement in enumerate(previous):
+        in_sync = tuple(shard for shard in placement.in_sync if shard in here and chunk not in dropped.get(shard, ()))
         if not in_sync:
             return None
         placements.append(Placement(in_sync, placement.learner if placement.learner in here else None))

@@ -45,7 +45,7 @@ class Present:
     """Who is there, each in order of registration.
 
     `caught_up`: learners of the present plan that hold all that their primaries do. `memory_bytes`: what a worker's stage may
-    take, where that is known.
+    take, where that is known. `diverged`: copies that shards have dropped under the present plan.
     """
 
     shards: tuple[Member, ...]
@@ -53,6 +53,7 @@ class Present:
     leaving: frozenset[Incarnation] = frozenset()
     caught_up: Mapping[ChunkId, Incarnation] = field(default_factory=dict)
     memory_bytes: Mapping[Incarnation, int] = field(default_factory=dict)
+    diverged: Mapping[Incarnation, frozenset[ChunkId]] = field(default_factory=dict)
 
     @property
     def staying_shards(self) -> list[Incarnation]:
@@ -104,7 +105,7 @@ class Planner:
             missing = _missing("shard", cluster.shards, len(shards))
             missing += _missing("worker", cluster.stages * cluster.replicas, len(workers))
             return Verdict(Decision.WAIT, " and ".join(missing)) if missing else Verdict(Decision.BEGIN, "everybody is here")
-        is_lost = is_suspended or surviving(plan.placements, [member.incarnation for member in present.shards]) is None
+        is_lost = is_suspended or self._surviving(plan, present) is None
         missing = _missing("shard", cluster.shards, len(shards)) if is_lost else []
         missing += self._missing_workers(workers, present.memory_bytes)
         if missing:
@@ -133,6 +134,8 @@ class Planner:
             return f"there are workers for {len(seating.stages)} stages"
         if len(seating.replicas) != len(plan.replicas):
             return f"there are workers for {len(seating.replicas)} replicas"
+        if present.diverged:
+            return f"copies of {', '.join(present.diverged)} are wrong"
         learning = sum(each.learner is not None for each in placements)
         if learning:
             return f"{learning} chunks get another copy"
@@ -210,9 +213,9 @@ class Planner:
 
         Learners are listed all at once, when the last of them has caught up or something else asks for a plan.
         """
-        staying, alive = present.staying_shards, [member.incarnation for member in present.shards]
+        staying = present.staying_shards
         copies = self.config.cluster.num_copies(len(staying))
-        kept = surviving(previous.placements, alive)
+        kept = self._surviving(previous, present)
         if kept is None:
             raise ValueError("a chunk has no copy left in this timeline; a roll-back needs another one")
         learning = [ChunkId(chunk) for chunk, each in enumerate(kept) if each.learner is not None]
@@ -227,6 +230,9 @@ class Planner:
         if any(each.learner is not None for each in filled):
             return filled
         return with_fair_shares(filled, self._sizes, staying)
+
+    def _surviving(self, plan: Plan, present: Present) -> tuple[Placement, ...] | None:
+        return surviving(plan.placements, [member.incarnation for member in present.shards], present.diverged)
 
     def _place_anew(self, present: Present, previous: Plan | None) -> tuple[Placement, ...]:
         staying = present.staying_shards

@@ -174,13 +174,14 @@ class StepSummary(_message.Message):
     def __init__(self, step: _Optional[int] = ..., loss: _Optional[float] = ..., grad_norm: _Optional[float] = ..., learning_rate: _Optional[float] = ..., tokens: _Optional[int] = ..., skipped: bool = ..., requests: _Optional[int] = ..., tally: _Optional[_Union[_tensor_pb2.Tally, _Mapping]] = ...) -> None: ...
 
 class HeartbeatRequest(_message.Message):
-    __slots__ = ("incarnation", "plan", "version", "steps", "activity", "caught_up", "leaving")
+    __slots__ = ("incarnation", "plan", "version", "steps", "activity", "caught_up", "diverged", "leaving")
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     PLAN_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     STEPS_FIELD_NUMBER: _ClassVar[int]
     ACTIVITY_FIELD_NUMBER: _ClassVar[int]
     CAUGHT_UP_FIELD_NUMBER: _ClassVar[int]
+    DIVERGED_FIELD_NUMBER: _ClassVar[int]
     LEAVING_FIELD_NUMBER: _ClassVar[int]
     incarnation: str
     plan: _tensor_pb2.PlanNumber
@@ -188,8 +189,9 @@ class HeartbeatRequest(_message.Message):
     steps: _containers.RepeatedCompositeFieldContainer[StepSummary]
     activity: str
     caught_up: _containers.RepeatedCompositeFieldContainer[CaughtUp]
+    diverged: _containers.RepeatedScalarFieldContainer[int]
     leaving: bool
-    def __init__(self, incarnation: _Optional[str] = ..., plan: _Optional[_Union[_tensor_pb2.PlanNumber, _Mapping]] = ..., version: _Optional[int] = ..., steps: _Optional[_Iterable[_Union[StepSummary, _Mapping]]] = ..., activity: _Optional[str] = ..., caught_up: _Optional[_Iterable[_Union[CaughtUp, _Mapping]]] = ..., leaving: bool = ...) -> None: ...
+    def __init__(self, incarnation: _Optional[str] = ..., plan: _Optional[_Union[_tensor_pb2.PlanNumber, _Mapping]] = ..., version: _Optional[int] = ..., steps: _Optional[_Iterable[_Union[StepSummary, _Mapping]]] = ..., activity: _Optional[str] = ..., caught_up: _Optional[_Iterable[_Union[CaughtUp, _Mapping]]] = ..., diverged: _Optional[_Iterable[int]] = ..., leaving: bool = ...) -> None: ...
 
 class CaughtUp(_message.Message):
     __slots__ = ("chunk", "learner")
