@@ -9,9 +9,9 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from itertools import pairwise
 
-from shardlane.ids import ChunkId, Incarnation, Lane, PlanNumber, Version
+from shardlane.ids import ChunkId, Incarnation, Lane
 from shardlane.lanes import Block
-from shardlane.plan import Placement, Replica
+from shardlane.plan import Placement
 
 Row = tuple[Incarnation, ...]  # the workers of a replica, one a stage
 
@@ -39,6 +39,15 @@ def seat_workers(alive: Sequence[Incarnation], *, stages: int, replicas: int, pr
                     row[stage] = fits[0]
                     free.remove(fits[0])
     return [tuple(worker for worker in row if worker is not None) for row in kept]
+
+
+def share_by_speed(num_lanes: int, lane_seconds: Sequence[float]) -> list[int]:
+    """Lanes for each replica, given its seconds a lane: the slowest is done as soon as can be, and may get none."""
+    counts = [0] * len(lane_seconds)
+    for _ in range(num_lanes):  # for equal pieces of work greed is optimal
+        quickest = min(range(len(counts)), key=lambda each: (counts[each] + 1) * lane_seconds[each])
+        counts[quickest] += 1
+    return counts
 
 
 def share_lanes(num_lanes: int, num_replicas: int) -> list[tuple[Block, ...]]:
@@ -84,17 +93,6 @@ def cover(first: int, end: int) -> tuple[Block, ...]:
         blocks.append(Block(Lane(first), size))
         first += size
     return tuple(blocks)
-
-
-def form_replicas(
-    rows: Sequence[Row], num_lanes: int, *, number: PlanNumber, begins_at: Version, previous: Sequence[Replica] = ()
-) -> tuple[Replica, ...]:
-    """Those of `previous` that stay as they are keep the plan that formed them and where they begin."""
-    before = {(each.workers, each.blocks): each for each in previous}
-    return tuple(
-        before.get((row, blocks), Replica(row, blocks, number, begins_at))
-        for row, blocks in zip(rows, share_lanes(num_lanes, len(rows)), strict=True)
-    )
 
 
 def place_chunks(

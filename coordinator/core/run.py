@@ -36,6 +36,7 @@ from shardlane.ids import ChunkId, Incarnation, PlanNumber, Version
 from shardlane.partition import Layout
 from shardlane.plan import REQUEST_CHECKPOINT, REQUEST_STOP
 
+LOOK_SECONDS = 2.0  # between looks at how fast workers are
 ADOPTION_SECONDS = 1.0  # that members have to hear of a plan which takes effect at a later version
 
 
@@ -70,6 +71,7 @@ class Run:
         self._end_version = beginning.saved.end_version
         self._departures = Departures(beginning.saved.suspending)
         self._finished = False
+        self._looked_seconds = now
         self._caught_up: dict[ChunkId, Incarnation] = {}  # learners of the present plan
         self._diverged: dict[Incarnation, frozenset[ChunkId]] = {}  # copies dropped under it
         self._told: set[Incarnation] = set()  # members that know that the run has ended
@@ -257,7 +259,8 @@ class Run:
         for incarnation, seconds in self.members.expire(now):
             said = f"{incarnation} was silent for {seconds:.1f} s"
             effects += [ForgetMember(incarnation), Note(said, is_warning=not self.has_ended)]
-        return effects + (self._reconsider(now) if effects or self.is_suspended else [])
+        is_due = now - self._looked_seconds > LOOK_SECONDS and self.state is RunState.TRAINING
+        return effects + (self._reconsider(now) if effects or is_due or self.is_suspended else [])
 
     # ---- decisions -----------------------------------------------------------------------------------------------------
 
@@ -317,6 +320,7 @@ class Run:
         """Makes another plan where the present one does not serve."""
         if self.has_ended:
             return []
+        self._looked_seconds = now
         present, is_gentle = self._present(), self.state is RunState.TRAINING
         is_suspended = self.is_suspended and not all_leave(present.shards, present.leaving)
         decision, reason = self._planner.judge(self.plan, present, version=self.version, is_suspended=is_suspended)
@@ -354,6 +358,7 @@ class Run:
             self._caught_up,
             {each.registration.incarnation: each.registration.memory_bytes for each in self.members.states},
             dict(self._diverged),
+            {each.registration.incarnation: each.lane_seconds for each in self.members.states},
         )
 
     def _rewind(self) -> list[Effect]:
