@@ -345,6 +345,7 @@ def test_a_manifest_that_cannot_be_written_ends_only_the_last_version(tmp_path: 
         blocked = checkpoint_folder(tmp_path / "checkpoints", 2)
         blocked.parent.mkdir()
         for version, state in ((2, RunState.TRAINING), (4, RunState.FAILED)):
+            c.beat("shard 1", *range(version))
             everything = part(c.config, "shard 1", version, range(num_chunks(c.config)))
             c.call(  # no file was written
                 "ReportCheckpoint", incarnation=everything.incarnation, version=version, file=everything.file,
