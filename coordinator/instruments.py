@@ -25,7 +25,10 @@ class Instruments:
             "checkpoint_version": ("Of the newest complete checkpoint.", lambda: run.checkpoint.version),
             "plan_epoch": ("Membership epoch of the plan.", lambda: run.plan.number.epoch if run.plan else 0),
             "timeline_id": ("Roll-backs so far.", lambda: run.timeline.id),
-            "under_replicated_chunks": ("Chunks with fewer copies in sync than they are to have.", lambda: _under_replicated(run)),
+            "under_replicated_chunks": (
+                "Chunks with fewer copies in sync than they are to have.",
+                lambda: _under_replicated(run),
+            ),
             "run_state": ("1 gathering, 2 training, 3 paused, 4 finishing, 5 finished, 6 failed.", lambda: run.state),
         }
         for each, (help, read) in readings.items():

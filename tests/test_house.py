@@ -20,7 +20,7 @@ FLOORS = {
         ("", "__version__", "ids", "errors", "config", "partition", "lanes", "samples", "rates", "plan", "cadence"), PURE
     ),
     **dict.fromkeys(("pb", "wire", "rpc", "metrics", "member"), WIRE),
-    "cli": TOP,
+    **dict.fromkeys(("cli", "chaos"), TOP),
 }
 # Third-party packages that a floor may not import while it is below another.
 FIRST_FLOOR_OF = {"torch": LIBRARY, "numpy": LIBRARY, "grpc": WIRE, "google": WIRE, "prometheus_client": WIRE}

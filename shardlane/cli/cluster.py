@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from shardlane.cli.client import CoordinatorClient
 from shardlane.cli.live import View
@@ -50,21 +51,35 @@ def service_commands(config: Config, folder: RunFolder, config_file: Path, *, fo
     def members(coordinator: str) -> dict[str, Command]:
         shards = {f"shard-{index}": "ps_service" for index in range(cluster.shards)}
         workers = {f"worker-{index}": "worker_service" for index in range(cluster.stages * cluster.replicas)}
-        return {name: service(module, "--coordinator", coordinator) for name, module in (shards | workers).items()}
+        return {
+            name: service(module, "--coordinator", coordinator, "--ready-file", str(folder.ready_file(name)))
+            for name, module in (shards | workers).items()
+        }
 
     where = ("--config", str(config_file), "--run-dir", str(folder.path), "--ready-file", str(folder.coordinator_file))
     return Commands(service("coordinator", *where, *(["--fork-run"] if fork else [])), members)
 
 
+class Attendant(Protocol):
+    """Who looks after a cluster while it runs."""
+
+    def attend(self, cluster: Cluster) -> bool:
+        """Called at every turn of the watch; whether the run is to be stopped now."""
+
+
 class Cluster:
     """One life of a run's processes. `run` may be called once."""
 
-    def __init__(self, config: Config, folder: RunFolder, view: View, commands: Commands) -> None:
+    def __init__(
+        self, config: Config, folder: RunFolder, view: View, commands: Commands, attendant: Attendant | None = None
+    ) -> None:
         self.status: GetStatusResponse | None = None  # the newest that was heard
+        self.heard_seconds = 0.0  # when: of `time.monotonic`
         self.complaint: list[str] = []  # lines for stderr, once the view is closed
         self._folder = folder
         self._view = view
         self._commands = commands
+        self._attendant = attendant
         self._supervisor = Supervisor(folder.logs, child_environment(os.environ, config.numerics.threads))
         self._stop_by_seconds: float | None = None  # the coordinator has until then to accept a stop
         self._started: dict[str, Command] = {}  # by name, to start what was killed again
@@ -93,6 +108,15 @@ class Cluster:
         finally:
             self._folder.coordinator_file.unlink(missing_ok=True)
 
+    @property
+    def children(self) -> Mapping[str, Child]:
+        """The present lives, by name."""
+        return {child.name: child for child in self._supervisor.children}
+
+    def note(self, text: str) -> None:
+        """A line for people."""
+        self._view.note(text)
+
     def _start_coordinator(self) -> str:
         """Its address. Raises `UserError`, in the coordinator's own words if it has said why."""
         ready = self._folder.coordinator_file
@@ -118,7 +142,8 @@ class Cluster:
             self._start_killed_again()
             if self._supervisor.failed and not self._has_finished:
                 return self._fail(client, rows)
-            if interrupts.requested.is_set() and not is_stopping:
+            wants_stop = self._attendant is not None and not is_stopping and self._attendant.attend(self)
+            if (interrupts.requested.is_set() or wants_stop) and not is_stopping:
                 try:
                     is_stopping = self._ask_to_stop(client)
                 except UserError as error:
@@ -162,11 +187,13 @@ class Cluster:
             return
         try:
             self.status = client.status(timeout_seconds=1.0)
+            self.heard_seconds = time.monotonic()
             self._view.show_status(self.status)
         except UserError:  # it is busy, or has just ended: its exit status will tell
             pass
         is_near_the_end = self.status is not None and self.status.state >= RunState.RUN_STATE_FINISHING
-        self._next_status_seconds = time.monotonic() + (_POLL_SECONDS if is_near_the_end else _STATUS_SECONDS)
+        is_wanted = is_near_the_end or self._attendant is not None
+        self._next_status_seconds = time.monotonic() + (_POLL_SECONDS if is_wanted else _STATUS_SECONDS)
 
     def _ask_to_stop(self, client: CoordinatorClient) -> bool:
         """Whether the coordinator has heard it, and the run will end by itself.

@@ -34,6 +34,10 @@ class RunFolder:
         """Where its coordinator serves, while it does."""
         return self.path / "coordinator.json"
 
+    def ready_file(self, name: str) -> Path:
+        """Where a process of a local cluster says that it serves, and where."""
+        return self.coordinator_file if name == "coordinator" else self.path / "ready" / f"{name}.json"
+
     @property
     def logs(self) -> Path:
         return self.path / "logs"
