@@ -73,11 +73,10 @@ class Drill:
         self._during(self._open, cluster, status, now)
         return bool(self.failure)
 
-    def heal(self) -> None:
-        """Nothing stays stopped or cut off, so that all can end in order."""
-        if self._open is not None and self._open.healed is None:
-            for undo in self._open.undo:
-                undo()
+    def leave(self) -> None:
+        """Nothing stays stopped or cut off, so that all can end in order. A fault under way does not count."""
+        if self._open is not None:
+            self._heal(self._open)
 
     # ---- between faults ------------------------------------------------------------------------------------------------
 
@@ -107,7 +106,7 @@ class Drill:
         step_seconds = self._watch.versions.ordinary_seconds()
         outcome = Outcome(event.group, event.kind, names, step_seconds, rolls_back=event.rolls_back)
         version, epoch = self._watch.versions.newest, self._watch.epochs.newest
-        signalled = time.monotonic()
+        signalled = self._clock()
         undo = [self._injector.inflict(event.kind, name, cluster) for name in names]
         self._open = _Open(event, outcome, signalled, version, epoch, status.plan.timeline.id, undo)
         self._due = self._next = None
@@ -119,8 +118,7 @@ class Drill:
         elapsed = now - fault.signalled
         self._look(fault, cluster, status, now)
         if fault.healed is None and elapsed >= self._hold_seconds(fault):
-            self.heal()
-            fault.healed = now
+            self._heal(fault)
         if fault.recovered is None:
             if elapsed > RECOVERY_SECONDS_MAX:
                 self._give_up(f"no recovery within {RECOVERY_SECONDS_MAX:g} s: {fault.event.group}", cluster)
@@ -159,6 +157,12 @@ class Drill:
                 fault.signalled, fault.published, step_seconds=outcome.step_seconds, detected=detected
             )
 
+    def _heal(self, fault: _Open) -> None:
+        if fault.healed is None:
+            fault.healed = self._clock()
+            for undo in fault.undo:
+                undo()
+
     def _hold_seconds(self, fault: _Open) -> float:
         """After the signal, until a fault that can be undone is."""
         if fault.event.kind is Kind.KILL:
@@ -185,8 +189,8 @@ class Drill:
     def _give_up(self, why: str, cluster: Cluster) -> None:
         self.failure = f"{why}; the logs show every process' stacks"
         dump_stacks(cluster)
-        self.heal()
         if self._open is not None:
+            self._heal(self._open)
             self.outcomes.append(self._open.outcome)
             self._open = None
 

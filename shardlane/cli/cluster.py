@@ -64,7 +64,10 @@ class Attendant(Protocol):
     """Who looks after a cluster while it runs."""
 
     def attend(self, cluster: Cluster) -> bool:
-        """Called at every turn of the watch; whether the run is to be stopped now."""
+        """Called at every turn of the watch until the run is stopped; whether that is to be now."""
+
+    def leave(self) -> None:
+        """The run is about to be stopped, for whatever reason. May be called more than once."""
 
 
 class Cluster:
@@ -144,6 +147,8 @@ class Cluster:
                 return self._fail(client, rows)
             wants_stop = self._attendant is not None and not is_stopping and self._attendant.attend(self)
             if (interrupts.requested.is_set() or wants_stop) and not is_stopping:
+                if self._attendant is not None:
+                    self._attendant.leave()
                 try:
                     is_stopping = self._ask_to_stop(client)
                 except UserError as error:
