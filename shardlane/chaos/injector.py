@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 from collections.abc import Callable
@@ -26,10 +25,7 @@ class Injector:
             return target.role if target.role == "coordinator" else f"shard-{target.index}"
         address = status.plan.members[status.plan.replicas[target.index].workers[target.stage]].address
         for name, child in cluster.children.items():
-            try:
-                ready = json.loads(self._folder.ready_file(name).read_bytes())
-            except (OSError, ValueError):
-                continue
+            ready = self._folder.ready(name)
             if ready.get("address") == address and ready.get("pid") == child.pid:
                 return name
         return None

@@ -86,6 +86,7 @@ class Cluster:
         self._supervisor = Supervisor(folder.logs, child_environment(os.environ, config.numerics.threads))
         self._stop_by_seconds: float | None = None  # the coordinator has until then to accept a stop
         self._started: dict[str, Command] = {}  # by name, to start what was killed again
+        self._settled: set[int] = set()  # processes that have been seen to serve
         self._restarts: dict[str, tuple[int, int]] = {}  # by name: the version at the last restart, restarts since
         self._next_status_seconds = 0.0
 
@@ -102,7 +103,7 @@ class Cluster:
                 self._started = {"coordinator": [*self._commands.coordinator, "--bind", address]}
                 for name, command in self._commands.members(address).items():
                     self._started[name] = command
-                    self._supervisor.start(name, command, _niceness(name))
+                    self._supervisor.start(name, command)
                 with CoordinatorClient(address) as client:
                     return self._watch(client, rows, interrupts)
         except KeyboardInterrupt:
@@ -124,7 +125,7 @@ class Cluster:
         """Its address. Raises `UserError`, in the coordinator's own words if it has said why."""
         ready = self._folder.coordinator_file
         ready.unlink(missing_ok=True)
-        child = self._supervisor.start("coordinator", self._commands.coordinator, _niceness("coordinator"))
+        child = self._supervisor.start("coordinator", self._commands.coordinator)
         if self._supervisor.wait_for_file(child, ready, START_SECONDS) and (address := self._folder.coordinator_address()):
             return address
         if words := own_words(child):
@@ -143,6 +144,7 @@ class Cluster:
             coordinator = self._supervisor.children[0]
             self._look(client, rows, is_serving=coordinator.status is None)
             self._start_killed_again()
+            self._give_way()
             if self._supervisor.failed and not self._has_finished:
                 return self._fail(client, rows)
             wants_stop = self._attendant is not None and not is_stopping and self._attendant.attend(self)
@@ -178,7 +180,15 @@ class Cluster:
             if child.status is not None and child.status < 0 and count < MOST_RESTARTS:
                 self._view.note(f"{child.name} {child.how_it_ended}; starting it again")
                 self._restarts[child.name] = (version, count + 1)
-                self._supervisor.restart(child, self._started[child.name], _niceness(child.name))
+                self._supervisor.restart(child, self._started[child.name])
+
+    def _give_way(self) -> None:
+        """Once it serves, and no sooner: until then training may wait for a process, or stand without a copy because of it."""
+        for child in self._supervisor.running:
+            if child.pid not in self._settled and self._folder.ready(child.name).get("pid") == child.pid:
+                self._settled.add(child.pid)
+                if not child.name.startswith("worker"):
+                    child.give_way(SERVING_NICENESS)
 
     @property
     def _has_finished(self) -> bool:
@@ -238,10 +248,6 @@ def own_words(child: Child) -> str:
     """What a person can mend, in the last line of a service that ended for it (`shardlane.process.run_main`); else empty."""
     lines = child.last_lines(1) if child.status == EXIT_USER_ERROR else []
     return lines[0].partition(": ")[2] if lines else ""
-
-
-def _niceness(name: str) -> int:
-    return 0 if name.startswith("worker") else SERVING_NICENESS
 
 
 def last_lines(child: Child) -> list[str]:
