@@ -63,10 +63,10 @@ class Drill:
     def attend(self, cluster: Cluster) -> bool:
         """Whether the run is to be stopped now."""
         now, status = self._clock(), cluster.status
-        if status is None:
-            return False
+        if status is None or self.failure:
+            return bool(self.failure)
         if status.state == RunState.RUN_STATE_FINISHED:
-            self.failure = self.failure or "the run was finished before its faults were; raise train.max_steps"
+            self.failure = "the run was finished before its faults were; raise train.max_steps"
             return True
         if self._open is None:
             return self._between(cluster, status, now)
