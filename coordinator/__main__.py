@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from coordinator.service import CoordinatorService
 
 LEAVE_SECONDS = 10.0  # that members have to hear that the run has ended
+DEPARTURE_SECONDS = 1.0  # that members have to say that they leave too, when this one is told to stop
 _POLL_SECONDS = 0.2
 
 
@@ -63,14 +64,14 @@ def main(arguments: Sequence[str], environment: Mapping[str, str]) -> int:
             ready = {"address": service.address, "metrics_address": metrics_address, "pid": os.getpid(), "run_id": service.run_id}
             write_ready_file(Path(flags.ready_file), ready)
         logs.logger(role="coordinator", run=service.run_id).info("serving", address=service.address)
-        return serve(service, lifetime, stay=flags.stay)
+        return serve(service, lifetime, stay=flags.stay, drain_seconds=flags.drain_seconds)
     finally:
         service.stop()
         metrics.close()
 
 
-def serve(service: CoordinatorService, lifetime: Lifetime, *, stay: bool) -> int:
-    """Waits for the end of the run or a signal; the exit status."""
+def serve(service: CoordinatorService, lifetime: Lifetime, *, stay: bool, drain_seconds: float) -> int:
+    """Waits for the end of the run or a signal; the exit status. Members that leave at the same time go first."""
     ended_seconds: float | None = None
     while not lifetime.stop_requested.is_set():
         state = service.wait_finished(_POLL_SECONDS)
@@ -80,6 +81,8 @@ def serve(service: CoordinatorService, lifetime: Lifetime, *, stay: bool) -> int
         ended_seconds = ended_seconds or time.monotonic()
         if service.wait_left(_POLL_SECONDS) or time.monotonic() - ended_seconds > LEAVE_SECONDS:
             break
+    if lifetime.stop_requested.is_set():
+        service.wait_departures(DEPARTURE_SECONDS, drain_seconds)
     if service.state is RunState.FAILED:
         raise UserError(f"the run has failed: {service.coordinator.run.failure}")
     return 0

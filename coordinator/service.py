@@ -81,6 +81,12 @@ class CoordinatorService:
         """Waits until the whole cluster has heard that the run has ended."""
         return self.coordinator.wait(lambda: self.coordinator.run.everybody_knows, timeout_seconds)
 
+    def wait_departures(self, notice_seconds: float, timeout_seconds: float) -> None:
+        """Waits while members are leaving: those that say so within `notice_seconds`, for `timeout_seconds` at most."""
+        members, begin = self.coordinator.run.members, time.monotonic()
+        while members.states and time.monotonic() - begin < (timeout_seconds if members.leaving else notice_seconds):
+            self._stopping.wait(TICK_SECONDS)
+
     def stop(self) -> None:
         self._stopping.set()
         if self._ticker.ident is not None:

@@ -34,6 +34,7 @@ def registration_from_wire(request: coordinator_pb2.RegisterRequest) -> Registra
         metrics_address=request.metrics_address[:256],
         protocol_version=request.protocol_version,
         run_id=request.run_id,
+        memory_bytes=request.memory_bytes,
     )
 
 
@@ -47,6 +48,7 @@ def heartbeat_from_wire(request: coordinator_pb2.HeartbeatRequest) -> Heartbeat:
         steps=tuple(map(_summary_from_wire, request.steps)),
         activity=request.activity,
         caught_up={ChunkId(each.chunk): Incarnation(each.learner) for each in request.caught_up},
+        is_leaving=request.leaving,
     )
 
 

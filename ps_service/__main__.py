@@ -47,6 +47,8 @@ def main(arguments: list[str], environment: Mapping[str, str]) -> int:
         while not lifetime.stop_requested.wait(_POLL_SECONDS):
             if service.run_has_ended and not flags.stay:
                 break
+        else:
+            service.leave(flags.drain_seconds)
     finally:
         service.stop()
     return service.exit_status

@@ -91,6 +91,11 @@ class ShardService:
     def exit_status(self) -> int:
         return int(self._membership.state == coordinator_pb2.RUN_STATE_FAILED)
 
+    def leave(self, timeout_seconds: float) -> None:
+        """Serves on until others hold what this shard holds, or there is nothing more that they could take over."""
+        if not self._membership.leave(timeout_seconds):
+            self._log.warning("leaving before others have taken over", version=self.shard.publications.oldest())
+
     def stop(self) -> None:
         """What was asked to be written is written and reported first."""
         self._stopping.set()

@@ -21,6 +21,7 @@ class Snapshot:
     """The chunks of one version, pinned."""
 
     version: Version
+    owner: str  # names the part: a shard that takes over chunks of a version writes another part of it
     images: Mapping[ChunkId, ChunkImage]
 
 
@@ -37,13 +38,16 @@ class SnapshotWriter:
     ) -> None:
         self._me, self._root, self._store, self._report = me, root, store, report
         self._names = tensor_names(optimizer_name)
+        self._num_taken = 0
         self._waiting: queue.Queue[Snapshot | None] = queue.Queue()
         self._thread = threading.Thread(target=self._run, name="snapshots", daemon=True)
         self._thread.start()
 
     def take(self, version: Version, chunks: tuple[ChunkId, ...]) -> None:
         """Pins the chunks as they are now; called at once after they reached `version`."""
-        self._waiting.put(Snapshot(version, {chunk: self._store.pin_image(chunk) for chunk in chunks}))
+        images = {chunk: self._store.pin_image(chunk) for chunk in chunks}
+        self._waiting.put(Snapshot(version, f"{self._me}-{self._num_taken}", images))
+        self._num_taken += 1
 
     def close(self) -> None:
         """Ends when everything taken is written."""
@@ -61,7 +65,7 @@ class SnapshotWriter:
 
     def _write(self, snapshot: Snapshot, report: coordinator_pb2.ReportCheckpointRequest) -> None:
         sizes = {chunk: image.tensors["parameter"].numel() for chunk, image in snapshot.images.items()}
-        with PartWriter(checkpoint_folder(self._root, snapshot.version), self._me, sizes, self._names) as writer:
+        with PartWriter(checkpoint_folder(self._root, snapshot.version), snapshot.owner, sizes, self._names) as writer:
             for chunk, image in snapshot.images.items():
                 writer.add(chunk, image.tensors)
                 self._store.unpin_image(chunk, image)

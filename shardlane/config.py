@@ -169,12 +169,13 @@ class ClusterConfig(Section):
     replicas: int = Field(1, ge=1, le=1024, description="R: chains of workers; at most `train.lanes`")
     shards: int = Field(1, ge=1, le=1024, description="S: parameter shards")
     replication: int = Field(0, ge=0, le=8, description="copies of each chunk, at most S; 0: two where there are two shards")
-    lease_seconds: float = Field(10.0, ge=1, description="a member silent for longer is taken for dead")
+    lease_seconds: float = Field(
+        10.0, ge=1, description="a member silent for so long is dead; from 2 s on, if its heartbeats usually come faster"
+    )
 
-    @property
-    def num_copies(self) -> int:
-        """Of each chunk, while all shards are there."""
-        return min(self.replication or 2, self.shards)
+    def num_copies(self, num_shards: int) -> int:
+        """Of each chunk, while there are so many shards."""
+        return min(self.replication or 2, num_shards)
 
 
 class NumericsConfig(Section):

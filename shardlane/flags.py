@@ -9,6 +9,7 @@ from typing import NoReturn
 
 from shardlane.errors import UserError
 
+DRAIN_SECONDS = 20.0
 _TRUE = ("1", "true", "yes", "on")
 
 
@@ -23,6 +24,9 @@ class ServiceParser:
     def text(self, flag: str, default: str, help: str) -> None:
         self._parser.add_argument(flag, default=self._environment.get(_variable(flag), default), help=help)
 
+    def seconds(self, flag: str, default: float, help: str) -> None:
+        self._parser.add_argument(flag, type=float, default=self._environment.get(_variable(flag), default), help=help)
+
     def switch(self, flag: str, help: str) -> None:
         default = self._environment.get(_variable(flag), "").lower() in _TRUE
         self._parser.add_argument(flag, action="store_true", default=default, help=help)
@@ -34,6 +38,7 @@ class ServiceParser:
         self.text("--metrics-bind", "127.0.0.1:0", "host:port of /metrics; empty: none")
         self.text("--ready-file", "", "written as JSON (address, metrics_address, pid) once it serves")
         self.switch("--stay", "keep serving after the run has ended")
+        self.seconds("--drain-seconds", DRAIN_SECONDS, "on SIGTERM: at most so long for others to take over, or to have left")
         self.switch("--insecure", "serve in plain text on an address that other machines can reach")
 
     def add_joining(self) -> None:

@@ -27,8 +27,8 @@ from shardlane.logs import logger
 from shardlane.pb import coordinator_pb2
 from shardlane.plan import Plan, Role
 
-BEAT_SECONDS_MAX = 1.0  # heartbeats come at a quarter of the lease, at least so often
-FINISHING_BEAT_SECONDS = 0.2  # the end of a run is worth knowing soon
+BEAT_SECONDS_MAX = 0.5  # heartbeats come at a quarter of the lease, at least so often
+ENDING_BEAT_SECONDS = 0.2  # the end of a run, or that one may go, is worth knowing soon
 BEAT_DEADLINE_SECONDS = 2.0
 RETRY_SECONDS = 0.5
 REPORTS_MAX = 4096  # that wait for the coordinator; the oldest gives way
@@ -100,6 +100,7 @@ class Membership:
         numerics_class: str,
         metrics_address: str = "",
         run_id: str = "",
+        memory_bytes: int = 0,
     ) -> None:
         self.incarnation = incarnation
         self._coordinator = coordinator
@@ -111,6 +112,7 @@ class Membership:
             numerics_class=numerics_class,
             run_id=run_id,
             metrics_address=metrics_address,
+            memory_bytes=memory_bytes,
         )
         self._log = logger(role=role, rank=incarnation, run=run_id or None)
         # Heartbeats do not wait behind plans and reports, nor these behind tensors.
@@ -125,6 +127,7 @@ class Membership:
         self._lease_seconds = 4 * BEAT_SECONDS_MAX
         self._threads: list[threading.Thread] = []
         self._is_away = False
+        self._is_leaving = False
 
     # ---- what a service uses -------------------------------------------------------------------------------------------
 
@@ -183,6 +186,21 @@ class Membership:
     def report_checkpoint(self, request: coordinator_pb2.ReportCheckpointRequest) -> None:
         self._report("ReportCheckpoint", request)
 
+    def leave(self, timeout_seconds: float) -> bool:
+        """Says that this member wants to go, and waits until it is not needed; whether it is told so in time.
+
+        Nobody takes over while the coordinator is away, and nothing is lost by going then.
+        """
+        self._is_leaving = True
+        self.beat_soon()
+        is_over = (coordinator_pb2.RUN_STATE_FINISHED, coordinator_pb2.RUN_STATE_FAILED)
+        with self._changed:
+            self._changed.wait_for(
+                lambda: self._reply.may_leave or self._is_away or self.state in is_over or self._stopping.is_set(),
+                timeout_seconds,
+            )
+            return self._reply.may_leave
+
     def flush(self, timeout_seconds: float) -> bool:
         """Waits until every report is delivered."""
         with self._changed:
@@ -213,8 +231,8 @@ class Membership:
     def _beat_seconds(self) -> float:
         if self._is_away:
             return RETRY_SECONDS
-        is_finishing = self.state == coordinator_pb2.RUN_STATE_FINISHING
-        return min(FINISHING_BEAT_SECONDS if is_finishing else BEAT_SECONDS_MAX, self._lease_seconds / 4)
+        is_ending = self._is_leaving or self.state == coordinator_pb2.RUN_STATE_FINISHING
+        return min(ENDING_BEAT_SECONDS if is_ending else BEAT_SECONDS_MAX, self._lease_seconds / 4)
 
     def _send_beat(self, beat: Beat, on_reply: Callable[[coordinator_pb2.HeartbeatResponse], None]) -> None:
         request = coordinator_pb2.HeartbeatRequest(
@@ -224,6 +242,7 @@ class Membership:
             steps=beat.steps,
             activity=beat.activity[:64],
             caught_up=[coordinator_pb2.CaughtUp(chunk=chunk, learner=learner) for chunk, learner in beat.caught_up],
+            leaving=self._is_leaving,
         )
         try:
             reply = self._beat_client.Heartbeat(request, timeout=BEAT_DEADLINE_SECONDS)
@@ -234,7 +253,9 @@ class Membership:
         else:
             self._set_away(False)
             self._lease_seconds = reply.lease_seconds or self._lease_seconds
-        self._reply = reply
+        with self._changed:
+            self._reply = reply
+            self._changed.notify_all()
         on_reply(reply)
 
     def _on_failed_beat(self, error: Exception) -> coordinator_pb2.HeartbeatResponse | None:
@@ -259,7 +280,9 @@ class Membership:
             self._log.warning("the coordinator does not answer; going on without it")
         elif self._is_away and not is_away:
             self._log.info("the coordinator answers again")
-        self._is_away = is_away
+        with self._changed:
+            self._is_away = is_away
+            self._changed.notify_all()
 
     # ---- plans ---------------------------------------------------------------------------------------------------------
 

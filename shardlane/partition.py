@@ -213,8 +213,14 @@ def memory_plan(config: Config, shard_chunks: Sequence[Sequence[ChunkId]], num_s
     layout = Layout.of(config)
     states = 2 + len(OPTIMIZER_STATES[config.optimizer.name])
     shard = max(sum(layout.chunks[chunk].num_bytes for chunk in chunks) for chunks in shard_chunks)
-    stages = split_layers(layer_costs(config.model, config.train.seq_len), config.cluster.stages)
-    lanes = -(-config.train.lanes // config.cluster.replicas)
+    stage = stage_bytes(config, config.cluster.stages, config.cluster.replicas)
+    return MemoryPlan(layout.num_parameters * BYTES_PER_ELEMENT, shard * states * num_shard_copies, stage)
+
+
+def stage_bytes(config: Config, num_stages: int, num_replicas: int) -> int:
+    """What the fullest of `num_stages` stages holds for good: weights, one gradient, and the partial sums of its lanes."""
+    layout = Layout.of(config)
+    lanes = -(-config.train.lanes // num_replicas)
     copies = 2 + (lanes.bit_length() if lanes > 1 else 0)
-    stage = max(sum(item.chunk.num_bytes for item in layout.stage_chunks(each)) for each in stages)
-    return MemoryPlan(layout.num_parameters * BYTES_PER_ELEMENT, shard * states * num_shard_copies, stage * copies)
+    stages = split_layers(layer_costs(config.model, config.train.seq_len), num_stages)
+    return max(sum(item.chunk.num_bytes for item in layout.stage_chunks(each)) for each in stages) * copies

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Literal
 
-from shardlane.ids import ChunkId, Incarnation, PlanNumber, RunId, Timeline
+from shardlane.ids import ChunkId, Incarnation, PlanNumber, RunId, Timeline, Version
 from shardlane.lanes import Block
 from shardlane.partition import StageLayers
 
@@ -28,10 +28,16 @@ class Member:
 
 @dataclass(frozen=True, slots=True)
 class Replica:
-    """A chain of workers, one a stage, and the lanes that it runs at present."""
+    """A chain of workers, one a stage, and the lanes that it runs.
+
+    `formed` is the plan since which these workers run these lanes of these stages. Where nobody died, they begin with the step
+    from `begins_at`, and until then everybody goes on as before: nothing is computed twice.
+    """
 
     workers: tuple[Incarnation, ...]
     blocks: tuple[Block, ...]
+    formed: PlanNumber
+    begins_at: Version
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +91,11 @@ class Plan:
             if worker in replica.workers:
                 return index, replica.workers.index(worker)
         return None
+
+    @property
+    def settled_at(self) -> Version:
+        """Where the last of the replicas begins: who has no seat any more is needed until then."""
+        return max((replica.begins_at for replica in self.replicas), default=Version(0))
 
     def by_primary(self, chunks: list[ChunkId]) -> dict[Incarnation, list[ChunkId]]:
         """`chunks` grouped by who serves them, in order."""

@@ -221,7 +221,12 @@ def plan_to_wire(plan: Plan) -> coordinator_pb2.Plan:
         ],
         stages=[coordinator_pb2.StageLayers(first=each.first, end=each.end) for each in plan.stages],
         replicas=[
-            coordinator_pb2.Replica(workers=indices(each.workers), blocks=[block_to_wire(block) for block in each.blocks])
+            coordinator_pb2.Replica(
+                workers=indices(each.workers),
+                blocks=[block_to_wire(block) for block in each.blocks],
+                formed=number_to_wire(each.formed),
+                begins_at=each.begins_at,
+            )
             for each in plan.replicas
         ],
         chunks=[
@@ -250,7 +255,12 @@ def plan_from_wire(message: coordinator_pb2.Plan) -> Plan:
             members=members,
             stages=tuple(StageLayers(each.first, each.end, num_layers) for each in message.stages),
             replicas=tuple(
-                Replica(tuple(names[i] for i in each.workers), tuple(Block(Lane(b.first), b.size) for b in each.blocks))
+                Replica(
+                    tuple(names[i] for i in each.workers),
+                    tuple(Block(Lane(b.first), b.size) for b in each.blocks),
+                    number_from_wire(each.formed),
+                    Version(each.begins_at),
+                )
                 for each in message.replicas
             ),
             placements=tuple(

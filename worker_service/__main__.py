@@ -59,6 +59,8 @@ def main(arguments: list[str], environment: Mapping[str, str]) -> int:
         has_ended = False
         while not lifetime.stop_requested.wait(_POLL_SECONDS) and not (has_ended and not flags.stay):
             has_ended = service.wait(0)
+        if not has_ended:
+            service.leave(flags.drain_seconds)
     finally:
         service.stop()
     return service.exit_status

@@ -32,7 +32,7 @@ Request = wire.Framed[worker_pb2.TransferRequest]
 
 @dataclass(frozen=True, slots=True)
 class Seat:
-    """Who may send what under a plan. Each of `shape` is [B, T, H], fp32: hidden states keep their dtype on the wire."""
+    """Who may send what in a replica that `number` formed. `shape` is [B, T, H], fp32: hidden states keep their dtype."""
 
     number: PlanNumber
     above: Incarnation | None  # the worker of the stage before
@@ -57,13 +57,15 @@ class Inbox:
         pool: BufferPool,
         *,
         on_ahead: Callable[[Version], None],
+        on_reseated: Callable[[PlanNumber], None],
         on_lane: Callable[[Direction, Version, MicroBatch], None],
     ) -> None:
-        """`on_ahead`: a neighbour computes from this later version. `on_lane`: it asks from below, or tells from above, that the
-        lane which begins with the micro-batch runs again."""
+        """`on_ahead`: a neighbour computes from this later version. `on_reseated`: one works in a replica that was formed later
+        than the one here. `on_lane`: it asks from below, or tells from above, that the lane which begins with the micro-batch
+        runs again."""
         self._me, self._run_id, self._pool = me, run_id, pool
         self._budget_bytes = budget_bytes // 2
-        self._on_ahead, self._on_lane = on_ahead, on_lane
+        self._on_ahead, self._on_reseated, self._on_lane = on_ahead, on_reseated, on_lane
         self._changed = threading.Condition()
         self._number = PlanNumber(0, 0)
         self._seat: Seat | None = None
@@ -202,6 +204,8 @@ class Inbox:
         if header.receiver != self._me:
             raise StaleError(f"{header.receiver} is gone; {self._me} is here now")
         number = wire.number_from_wire(header.plan)
+        if number > self._number:
+            self._on_reseated(number)
         with self._changed:
             while number > self._number and not self._stopping:
                 if not self._changed.wait(max(0.0, deadline - time.monotonic())):

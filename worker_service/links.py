@@ -36,7 +36,7 @@ class _Item:
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """From whom to whom, under which plan."""
+    """From whom to whom, in the replica that `number` formed."""
 
     run_id: RunId
     sender: Incarnation
@@ -47,7 +47,7 @@ class Route:
 
 
 class Link:
-    """One direction to one neighbour under one plan. `send` never blocks."""
+    """One direction to one neighbour in one replica. `send` never blocks."""
 
     def __init__(self, route: Route, staging: Staging, on_broken: Callable[[Incarnation, str], None]) -> None:
         """`on_broken` hears at once of a stream that broke, and why; not of every vain attempt to open it again."""

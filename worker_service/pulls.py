@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -57,7 +57,7 @@ class _Asked:
 
 
 class Puller:
-    """Pulls a stage's chunks under one plan. A tied tensor with two sites in the stage is pulled once and kept twice."""
+    """Pulls a stage's chunks. A tied tensor with two sites in the stage is pulled once and kept twice."""
 
     def __init__(
         self,
@@ -90,12 +90,29 @@ class Puller:
             if self._asked is not None and self._asked.version == version and not self._asked.cancelled:
                 return
         self.cancel()
-        groups = self._plan.by_primary(list(self._chunks))
-        asked = _Asked(version, {shard: set(chunks) for shard, chunks in groups.items()})
+        self._begin(_Asked(version, self._by_primary(self._chunks)))
+
+    def _by_primary(self, chunks: Iterable[ChunkId]) -> dict[Incarnation, set[ChunkId]]:
+        return {shard: set(each) for shard, each in self._plan.by_primary(list(chunks)).items()}
+
+    def _begin(self, asked: _Asked) -> None:
         with self._changed:
             self._asked = asked
-        for shard in groups:
+        for shard in asked.missing:
             threading.Thread(target=self._pull_from, args=(asked, shard), name=f"pull-{shard}", daemon=True).start()
+
+    def reroute(self, plan: Plan) -> None:
+        """What is still missing is asked of the shards of `plan`, if others have it now."""
+        with self._changed:
+            self._plan, asked = plan, self._asked
+            if asked is None or asked.settled:
+                return
+            missing = set().union(*asked.missing.values())
+            again = _Asked(asked.version, self._by_primary(missing), open=asked.open)
+            if again.missing == {shard: chunks for shard, chunks in asked.missing.items() if chunks}:
+                return
+        self.cancel()
+        self._begin(again)
 
     def take(self, version: Version, attempt: Attempt) -> None:
         """Lets `version` into the parameters and waits until all of it is there.
@@ -104,12 +121,11 @@ class Puller:
         """
         self.ask(version)
         with self._changed:
-            asked = self._asked
-            assert asked is not None
-            asked.open = True
+            assert self._asked is not None
+            self._asked.open = True
             self._changed.notify_all()
-            attempt.wait(self._changed, lambda: asked.settled)
-            now = asked.superseded
+            attempt.wait(self._changed, lambda: self._asked is not None and self._asked.settled)  # another one, if rerouted
+            now = self._asked.superseded
         if now is not None:
             self.cancel()
             raise Superseded(now)

@@ -57,10 +57,11 @@ class _Queue:
 
     waiting: dict[Key, None] = field(default_factory=dict)  # in order
     call: Any = None
+    closed: bool = False  # the shard is gone
 
 
 class Pusher:
-    """Pushes one stage's sums under one plan."""
+    """Pushes one stage's sums."""
 
     def __init__(
         self,
@@ -83,10 +84,33 @@ class Pusher:
         self._kept: dict[Key, Contribution] = {}
         self._unsent_bytes = 0  # of contributions that were never begun
         self._fresh: set[Key] = set()  # the same contributions
-        self._queues: dict[Incarnation, _Queue] = {shard: _Queue() for shard in plan.shards}
+        self._queues: dict[Incarnation, _Queue] = {}
         self._closed = False
-        for shard in self._queues:
-            threading.Thread(target=self._run, args=(shard,), name=f"push-{shard}", daemon=True).start()
+        self._open_queues()
+
+    def _open_queues(self) -> None:
+        for shard in self._plan.shards:
+            if shard not in self._queues:
+                self._queues[shard] = _Queue()
+                threading.Thread(target=self._run, args=(shard,), name=f"push-{shard}", daemon=True).start()
+
+    def reroute(self, plan: Plan) -> None:
+        """Whatever is kept of chunks that have another primary now goes there, sent before or not."""
+        with self._changed:
+            moved = [key for key in self._kept if plan.placements[key.chunk].primary != self._primary(key)]
+            gone = [self._queues.pop(shard) for shard in list(self._queues) if shard not in plan.shards]
+            for queue in (*gone, *self._queues.values()):
+                queue.waiting = {key: None for key in queue.waiting if key not in moved}
+            for queue in gone:
+                queue.closed = True
+            self._plan = plan
+            self._open_queues()
+            for key in moved:
+                self._enqueue(key)
+            calls = [queue.call for queue in gone if queue.call is not None]
+            self._changed.notify_all()
+        for call in calls:
+            call.cancel()
 
     @property
     def num_bytes(self) -> int:
@@ -156,12 +180,16 @@ class Pusher:
 
     def _run(self, shard: Incarnation) -> None:
         queue, refused = self._queues[shard], False
+
+        def is_closed() -> bool:
+            return self._closed or queue.closed
+
         while True:
             with self._changed:
                 # A refusal is asked about again soon, but not at once; a failed stream has left its work in the queue.
-                self._changed.wait_for(lambda: self._closed, RETRY_SECONDS if refused else 0)
-                self._changed.wait_for(lambda: self._closed or bool(queue.waiting))
-                if self._closed:
+                self._changed.wait_for(is_closed, RETRY_SECONDS if refused else 0)
+                self._changed.wait_for(lambda: is_closed() or bool(queue.waiting))
+                if is_closed():
                     return
                 version = self._version
             sent: list[Key] = []
@@ -175,7 +203,8 @@ class Pusher:
                     self._on_fault(f"{shard}: {error}")
                 with self._changed:
                     if version == self._version:
-                        queue.waiting = {**dict.fromkeys(key for key in sent if key in self._kept), **queue.waiting}
+                        unsure = [key for key in sent if key in self._kept and self._primary(key) == shard]
+                        queue.waiting = {**dict.fromkeys(unsure), **queue.waiting}
                 refused = True
                 continue
             refused = bool(refusals)
@@ -185,8 +214,8 @@ class Pusher:
     def _pieces(self, queue: _Queue, version: Version, sent: list[Key]) -> Iterator[wire.Framed[ps_pb2.PushRequest]]:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._is_over(version) or bool(queue.waiting), LINGER_SECONDS)
-                if self._is_over(version) or not queue.waiting:
+                self._changed.wait_for(lambda: self._is_over(queue, version) or bool(queue.waiting), LINGER_SECONDS)
+                if self._is_over(queue, version) or not queue.waiting:
                     return
                 key = next(iter(queue.waiting))
                 del queue.waiting[key]
@@ -200,8 +229,8 @@ class Pusher:
                     self._unsent_bytes -= contribution.num_bytes
                     self._changed.notify_all()
 
-    def _is_over(self, version: Version) -> bool:
-        return self._closed or self._version != version
+    def _is_over(self, queue: _Queue, version: Version) -> bool:
+        return self._closed or queue.closed or self._version != version
 
     def _contribution_pieces(self, contribution: Contribution, version: Version) -> Iterator[wire.Framed[ps_pb2.PushRequest]]:
         host, key = contribution.host, contribution.key

@@ -1,12 +1,14 @@
-"""A worker's seat under one plan: its stage, with links to its neighbours, pulls and pushes; gone with the plan."""
+"""A worker's seat in one replica: its stage, with links to its neighbours, pulls and pushes; gone with the replica."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import grpc
 import torch
 from torch import Tensor
 
@@ -57,7 +59,7 @@ class Seat:
 
     def __init__(self, around: Surroundings, plan: Plan, replica: int, stage: int, compute: StageCompute | None = None) -> None:
         """`compute`: of the seat before, used again if the stage has the same layers."""
-        self.plan = plan
+        self._plan = plan  # whose shards are pushed to and pulled from
         self._around = around
         self._chain = plan.replicas[replica].workers
         self._stage = stage
@@ -72,20 +74,22 @@ class Seat:
         self.compute = compute
         self._tokens = around.tokens() if layers.is_first or layers.is_last else None
         self._attempt = Attempt()
-        self._channels = {shard: rpc.connect(plan.addresses[shard]) for shard in plan.shards}
-        self._clients = {shard: rpc.Client(channel, SHARD) for shard, channel in self._channels.items()}
+        self._channels: dict[Incarnation, grpc.Channel] = {}
+        self._clients: dict[Incarnation, rpc.Client] = {}
+        self._connect_shards()
         self._puller = self._make_puller(items)
         self._pusher = self._make_pusher()
         shape = (config.train.micro_batch_size, config.train.seq_len, config.model.hidden_size)
+        self._formed = plan.replicas[replica].formed
         self._above, self._below = self._link(stage - 1, shape), self._link(stage + 1, shape)
         counts = (config.train.num_micro_batches, config.validation.num_micro_batches)
         above, below = (self._worker(each) for each in (stage - 1, stage + 1))
-        around.inbox.open(plan.number, inboxes.Seat(plan.number, above, below, shape, *counts))
+        around.inbox.open(self._formed, inboxes.Seat(self._formed, above, below, shape, *counts))
 
     def _make_puller(self, items: list[SiteChunk]) -> Puller:
         around = self._around
         return Puller(
-            self.plan,
+            self._plan,
             items,
             self.compute.flat_parameters,
             around.staging,
@@ -99,7 +103,7 @@ class Seat:
     def _make_pusher(self) -> Pusher:
         around = self._around
         return Pusher(
-            self.plan,
+            self._plan,
             around.staging,
             self._client_of,
             num_lanes=around.config.train.lanes,
@@ -110,8 +114,29 @@ class Seat:
             on_bytes=around.instruments.pushed_bytes.inc,
         )
 
+    def _connect_shards(self) -> None:
+        for shard in self._plan.shards:
+            if shard not in self._channels:
+                self._channels[shard] = rpc.connect(self._plan.addresses[shard])
+                self._clients[shard] = rpc.Client(self._channels[shard], SHARD)
+
     def _client_of(self, shard: Incarnation) -> Any:
-        return self._clients[shard]
+        client = self._clients.get(shard)
+        if client is None:
+            raise ValueError(f"{shard} is gone")  # as a closed channel says it
+        return client
+
+    def reroute(self, plan: Plan) -> None:
+        """The shards have changed, or what they hold; what is under way here goes on. Any thread may call it."""
+        if plan.number <= self._plan.number:
+            return
+        self._plan = plan
+        self._connect_shards()
+        self._pusher.reroute(plan)
+        self._puller.reroute(plan)
+        for shard in [each for each in self._channels if each not in plan.shards]:
+            del self._clients[shard]
+            self._channels.pop(shard).close()
 
     def _worker(self, stage: int) -> Incarnation | None:
         return self._chain[stage] if 0 <= stage < len(self._chain) else None
@@ -120,7 +145,7 @@ class Seat:
         worker, around = self._worker(stage), self._around
         if worker is None:
             return None
-        route = Route(around.run_id, around.me, worker, self.plan.addresses[worker], self.plan.number, shape)
+        route = Route(around.run_id, around.me, worker, self._plan.addresses[worker], self._formed, shape)
         return Link(route, around.staging, around.on_broken)
 
     @property
@@ -264,6 +289,17 @@ class Seat:
 
     def reopen(self, version: Version, lane: Lane) -> None:
         self._around.inbox.run_again(version, micro_batches_of(lane, self._around.config.train))
+
+
+def memory_of(device: torch.device) -> int:
+    """Bytes of the device, or of this machine that nobody uses at present; 0: not known."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:")), 0)
 
 
 def pick_device(name: str) -> torch.device:

@@ -20,6 +20,7 @@ from shardlane.metrics import Metrics
 from shardlane.numerics import configure_torch, numerics_class
 from shardlane.partition import Layout
 from shardlane.pb import coordinator_pb2
+from shardlane.plan import Plan
 from worker_service.attempt import Abandoned, Attempt
 from worker_service.core import events
 from worker_service.core.stepper import Stepper
@@ -27,7 +28,7 @@ from worker_service.inbox import Direction, Inbox
 from worker_service.instruments import WorkerInstruments
 from worker_service.links import SERVICE
 from worker_service.pulls import Superseded
-from worker_service.seat import Seat, Surroundings, pick_device
+from worker_service.seat import Seat, Surroundings, memory_of, pick_device
 from worker_service.servicer import WorkerServicer
 from worker_service.staging import Staging
 
@@ -76,6 +77,7 @@ class WorkerService:
             run.config.transport.inbox_bytes,
             self._staging.pool,
             on_ahead=lambda version: self._post(events.PeerAhead(version)),
+            on_reseated=lambda formed: self._post(events.PeerReseated(formed)),
             on_lane=self._on_lane,
         )
         pools = {"Transfer": ThreadPoolExecutor(TRANSFERS_MAX, thread_name_prefix="transfer")}
@@ -93,11 +95,13 @@ class WorkerService:
             numerics_class=numerics_class(run.config.numerics, self._device),
             metrics_address=self.metrics_address,
             run_id=run.run_id,
+            memory_bytes=memory_of(self._device),
         )
         self._changed = threading.Condition()
         self._work: deque[events.Work] = deque()
         self._attempt = Attempt()
         self._seat: Seat | None = None
+        self._routing: Plan | None = None  # the newest plan that left the seat as it is
         self._stopping = False
         self._ended = threading.Event()
         self._failure: BaseException | None = None
@@ -144,6 +148,11 @@ class WorkerService:
     def exit_status(self) -> int:
         return int(self._membership.state == coordinator_pb2.RUN_STATE_FAILED)
 
+    def leave(self, timeout_seconds: float) -> None:
+        """Works on until others have its lanes."""
+        if not self._membership.leave(timeout_seconds):
+            self._log.warning("leaving before others have taken over", version=self.stepper.version)
+
     def stop(self) -> None:
         if self._ended.is_set():
             self._membership.flush(REPORT_SECONDS)
@@ -178,6 +187,10 @@ class WorkerService:
                 self._work = deque(work for work in self._work if isinstance(work, _SITTING))
                 self._attempt.abandon()
                 self._attempt = Attempt()
+            case events.Reroute():
+                self._routing = effect.plan
+                if seat is not None:
+                    seat.reroute(effect.plan)
             case events.PushAgain() if seat is not None:
                 seat.push_again(effect.keys)
             case events.PushAllAgain() if seat is not None:
@@ -277,6 +290,8 @@ class WorkerService:
                 self._log.info("seat taken", replica=work.replica, stage=work.stage, reason=work.plan.reason)
                 seat = Seat(self._around, work.plan, work.replica, work.stage, old.compute if old else None)
                 with self._changed:
+                    if self._routing is not None:
+                        seat.reroute(self._routing)  # it came while this seat was on its way
                     self._seat = seat
             case events.Rest():
                 self.inbox.open(work.plan.number, None)

@@ -40,6 +40,7 @@ class Registration:
     metrics_address: str
     protocol_version: int
     run_id: str  # empty: whichever run this is
+    memory_bytes: int = 0  # that a worker's stage may take; 0: not known
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +64,7 @@ class Heartbeat:
     steps: tuple[StepSummary, ...] = ()
     activity: str = ""
     caught_up: Mapping[ChunkId, Incarnation] = field(default_factory=dict)  # learners that this primary waits for, in `plan`
+    is_leaving: bool = False  # it wants to go as soon as it is not needed
 
 
 @dataclass(frozen=True, slots=True)

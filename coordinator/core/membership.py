@@ -15,6 +15,10 @@ _ADDRESS = re.compile(r"\S{1,256}:\d{1,5}")
 _MEMBERS_MAX = 1 << 16  # a bound on what peers can make the coordinator remember
 _BETWEEN_CLASSES = " | shards "
 _NO_PLAN = PlanNumber(0, 0)
+SILENCE_SECONDS_MIN = 2.0  # nobody is dead sooner by silence alone: busy machines starve heartbeats
+_SILENT_BEATS = 4  # of the longest interval of late
+_FORGETTING = 0.05  # part of the longest interval that is forgotten with each heartbeat
+_STALL_SECONDS = 0.5  # between two looks of the coordinator; beyond it the time is its own standstill
 
 
 @dataclass(slots=True)
@@ -24,6 +28,8 @@ class MemberState:
     registration: Registration
     lease_end_seconds: float
     heard_seconds: float
+    interval_seconds: float = 0.0  # the longest between two heartbeats of late; 0: none came yet
+    is_leaving: bool = False
     plan: PlanNumber = _NO_PLAN
     version: int = 0
     activity: str = ""
@@ -65,6 +71,11 @@ class Members:
 
     def alive(self, role: Role) -> tuple[Member, ...]:
         return tuple(state.member for state in self._states.values() if state.registration.role == role)
+
+    @property
+    def leaving(self) -> frozenset[Incarnation]:
+        """Those that want to go and are still here."""
+        return frozenset(state.registration.incarnation for state in self._states.values() if state.is_leaving)
 
     @property
     def numerics_class(self) -> str:
@@ -126,29 +137,46 @@ class Members:
             return Refusal(Fault.UNKNOWN_MEMBER, f"{beat.incarnation} is no member: register again")
         self._renew(state, now)
         state.plan, state.version, state.activity = beat.plan, beat.version, beat.activity[:64]
+        state.is_leaving = state.is_leaving or beat.is_leaving
         return state
 
     def _renew(self, state: MemberState, now: float) -> None:
+        """The lease is measured: a few of the member's own intervals, between `SILENCE_SECONDS_MIN` and `lease_seconds`."""
+        interval, longest = now - state.heard_seconds, state.interval_seconds
+        state.interval_seconds = max(interval, longest - _FORGETTING * (longest - interval))
         state.heard_seconds = now
-        state.lease_end_seconds = now + self.lease_seconds
+        patience = min(self.lease_seconds, max(SILENCE_SECONDS_MIN, _SILENT_BEATS * state.interval_seconds))
+        state.lease_end_seconds = now + patience
 
     def drop(self, incarnation: Incarnation) -> bool:
         """Whether it was a member. One that lives nevertheless registers again."""
         return self._states.pop(incarnation, None) is not None
+
+    def role(self, incarnation: Incarnation) -> Role:
+        """Of a member."""
+        return self._states[incarnation].registration.role
+
+    def plan(self, incarnation: Incarnation) -> PlanNumber:
+        """The newest that a member has adopted."""
+        return self._states[incarnation].plan
 
     def address(self, incarnation: Incarnation) -> str | None:
         """host:port of a member."""
         state = self._states.get(incarnation)
         return None if state is None else state.registration.address
 
-    def expire(self, now: float) -> tuple[Incarnation, ...]:
-        """Drops the silent. Time in which the coordinator itself stood still is nobody's silence."""
+    def expire(self, now: float) -> tuple[tuple[Incarnation, float], ...]:
+        """Drops the silent; for how many seconds each was. While the coordinator itself stood still nobody was silent."""
         before, self._ticked_seconds = self._ticked_seconds, now
-        if before is not None and (gap := now - before) > self.lease_seconds / 2:
+        if before is not None and (gap := now - before) > _STALL_SECONDS:
             for state in self._states.values():
                 state.lease_end_seconds += gap
-        silent = tuple(incarnation for incarnation, state in self._states.items() if state.lease_end_seconds < now)
-        for incarnation in silent:
+        silent = tuple(
+            (incarnation, now - state.heard_seconds)
+            for incarnation, state in self._states.items()
+            if state.lease_end_seconds < now
+        )
+        for incarnation, _ in silent:
             del self._states[incarnation]
         return silent
 

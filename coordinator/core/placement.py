@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from itertools import pairwise
 
-from shardlane.ids import ChunkId, Incarnation, Lane
+from shardlane.ids import ChunkId, Incarnation, Lane, PlanNumber, Version
 from shardlane.lanes import Block
 from shardlane.plan import Placement, Replica
 
@@ -86,8 +86,15 @@ def cover(first: int, end: int) -> tuple[Block, ...]:
     return tuple(blocks)
 
 
-def form_replicas(rows: Sequence[Row], num_lanes: int) -> tuple[Replica, ...]:
-    return tuple(Replica(row, blocks) for row, blocks in zip(rows, share_lanes(num_lanes, len(rows)), strict=True))
+def form_replicas(
+    rows: Sequence[Row], num_lanes: int, *, number: PlanNumber, begins_at: Version, previous: Sequence[Replica] = ()
+) -> tuple[Replica, ...]:
+    """Those of `previous` that stay as they are keep the plan that formed them and where they begin."""
+    before = {(each.workers, each.blocks): each for each in previous}
+    return tuple(
+        before.get((row, blocks), Replica(row, blocks, number, begins_at))
+        for row, blocks in zip(rows, share_lanes(num_lanes, len(rows)), strict=True)
+    )
 
 
 def place_chunks(
@@ -123,22 +130,75 @@ def surviving(previous: Sequence[Placement], alive: Sequence[Incarnation]) -> tu
 
 
 def with_learners(
-    placements: Sequence[Placement], sizes: Sequence[int], shards: Sequence[Incarnation], *, replication: int
+    placements: Sequence[Placement],
+    sizes: Sequence[int],
+    shards: Sequence[Incarnation],
+    *,
+    replication: int,
 ) -> tuple[Placement, ...]:
-    """Every chunk with fewer than `replication` copies gets a learner, if it has none and there is a shard without it.
+    """Every chunk with fewer than `replication` copies on `shards` gets a learner, if it has none and there is a shard for it.
 
-    Largest first to the shard that holds the fewest bytes.
+    Largest first to the shard that holds the fewest bytes. Copies on others, which leave, do not count.
     """
     loads = held_bytes(placements, sizes, shards)
     result = list(placements)
-    for chunk in sorted(range(len(sizes)), key=lambda chunk: (-sizes[chunk], chunk)):
+    for chunk in _largest_first(sizes):
         placement = placements[chunk]
         free = [shard for shard in shards if shard not in placement.in_sync]
-        if placement.learner is None and len(placement.in_sync) < replication and free:
+        if placement.learner is None and len(shards) - len(free) < replication and free:
             learner = min(free, key=loads.__getitem__)
             loads[learner] += sizes[chunk]
             result[chunk] = Placement(placement.in_sync, learner)
     return tuple(result)
+
+
+def with_fair_shares(
+    placements: Sequence[Placement], sizes: Sequence[int], shards: Sequence[Incarnation]
+) -> tuple[Placement, ...]:
+    """Makes shards that hold much less than an equal share of bytes learners of chunks of the fullest.
+
+    Nobody is sent more than its share. Shares that are even to within the largest chunk stay as they are.
+    """
+    loads = held_bytes(placements, sizes, shards)
+    fair = sum(loads.values()) / len(shards)
+    result, largest_first = list(placements), _largest_first(sizes)
+    while loads[poorest := min(shards, key=loads.__getitem__)] < fair - max(sizes):
+        chunk = next(
+            (
+                each
+                for each in largest_first
+                if result[each].learner is None
+                and poorest not in result[each].in_sync
+                and loads[poorest] + sizes[each] <= fair < max(loads[shard] for shard in result[each].in_sync)
+            ),
+            None,
+        )
+        if chunk is None:
+            break
+        loads[max(result[chunk].in_sync, key=loads.__getitem__)] -= sizes[chunk]  # who will not be needed (`trimmed`)
+        loads[poorest] += sizes[chunk]
+        result[chunk] = Placement(result[chunk].in_sync, poorest)
+    return tuple(result)
+
+
+def trimmed(
+    placements: Sequence[Placement], sizes: Sequence[int], shards: Sequence[Incarnation], *, replication: int
+) -> tuple[Placement, ...]:
+    """Without copies beyond `replication`: first those that are not on `shards`, then those of the fullest."""
+    loads = held_bytes(placements, sizes, shards)
+    result = []
+    for placement, size in zip(placements, sizes, strict=True):
+        kept = list(placement.in_sync)
+        while len(kept) > replication:
+            dropped = max(kept, key=lambda shard: (shard not in shards, loads[shard]))
+            kept.remove(dropped)
+            loads[dropped] -= size
+        result.append(Placement(tuple(kept), placement.learner))
+    return tuple(result)
+
+
+def _largest_first(sizes: Sequence[int]) -> list[int]:
+    return sorted(range(len(sizes)), key=lambda chunk: (-sizes[chunk], chunk))
 
 
 def listed(placements: Sequence[Placement], caught_up: Mapping[ChunkId, Incarnation]) -> tuple[Placement, ...]:
@@ -151,8 +211,11 @@ def listed(placements: Sequence[Placement], caught_up: Mapping[ChunkId, Incarnat
     )
 
 
-def with_even_primaries(placements: Sequence[Placement], sizes: Sequence[int]) -> tuple[Placement, ...]:
-    """Hands chunks from the shard that serves the most bytes to backups that serve fewer, until they are within a chunk.
+def with_even_primaries(
+    placements: Sequence[Placement], sizes: Sequence[int], shards: Sequence[Incarnation]
+) -> tuple[Placement, ...]:
+    """Hands chunks from the shard that serves the most bytes to backups of `shards` that serve fewer, until they are within a
+    chunk.
 
     A copy that is in sync has all that a primary needs, so nothing is sent.
     """
@@ -166,6 +229,8 @@ def with_even_primaries(placements: Sequence[Placement], sizes: Sequence[int]) -
         best: tuple[int, int, Incarnation] | None = None  # (by how much the pair comes closer, chunk, its next primary)
         for chunk, placement in enumerate(result):
             for backup in placement.in_sync[1:]:
+                if backup not in shards:
+                    continue
                 gap = loads[placement.primary] - loads[backup]
                 gain = min(sizes[chunk], gap - sizes[chunk])
                 if gain > 0 and (best is None or gain > best[0]):
@@ -198,7 +263,7 @@ def _assign(
     """Largest first to the least loaded (Graham 1969), then from the fullest to the emptiest until they are within a chunk."""
     loads = dict.fromkeys(shards, 0)
     owners: list[Incarnation | None] = [None] * len(sizes)
-    largest_first = sorted(range(len(sizes)), key=lambda chunk: (-sizes[chunk], chunk))
+    largest_first = _largest_first(sizes)
     for chunk, owner in enumerate(before):
         if owner is not None and owner in loads and allowed(chunk, owner):
             owners[chunk] = owner

@@ -1,12 +1,11 @@
-"""Whether the present plan still serves, and if not, the next one: pure functions of who is alive."""
+"""Whether the present plan still serves, and if not, the next one: pure functions of who is there."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from functools import cached_property
-from types import MappingProxyType
 from typing import NamedTuple
 
 from coordinator.core.events import CheckpointMark
@@ -16,15 +15,17 @@ from coordinator.core.placement import (
     place_chunks,
     seat_workers,
     surviving,
+    trimmed,
     with_even_primaries,
+    with_fair_shares,
     with_learners,
 )
 from shardlane.config import Config
-from shardlane.ids import ChunkId, Incarnation, PlanNumber, RunId, Timeline
-from shardlane.partition import Layout, layer_costs, split_layers
-from shardlane.plan import Member, Placement, Plan
+from shardlane.ids import ChunkId, Incarnation, PlanNumber, RunId, Timeline, Version
+from shardlane.partition import Layout, StageLayers, layer_costs, split_layers, stage_bytes
+from shardlane.plan import Member, Placement, Plan, Replica
 
-NOBODY: Mapping[ChunkId, Incarnation] = MappingProxyType({})
+_GIB = 1 << 30
 
 
 class Decision(Enum):
@@ -40,6 +41,47 @@ class Verdict(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Present:
+    """Who is there, each in order of registration.
+
+    `caught_up`: learners of the present plan that hold all that their primaries do. `memory_bytes`: what a worker's stage may
+    take, where that is known.
+    """
+
+    shards: tuple[Member, ...]
+    workers: tuple[Member, ...]
+    leaving: frozenset[Incarnation] = frozenset()
+    caught_up: Mapping[ChunkId, Incarnation] = field(default_factory=dict)
+    memory_bytes: Mapping[Incarnation, int] = field(default_factory=dict)
+
+    @property
+    def staying_shards(self) -> list[Incarnation]:
+        """All of them if all leave: nobody is left to hand over to."""
+        return _staying(self.shards, self.leaving)
+
+    def staying_workers(self, plan: Plan | None) -> list[Incarnation]:
+        """Those of `plan` if all leave: they work as long as they are here."""
+        names = _staying(self.workers, self.leaving)
+        are_all_going = plan is not None and self.leaving.issuperset(names)
+        return [name for name in names if plan is not None and plan.seat(name)] or names if are_all_going else names
+
+    def __contains__(self, incarnation: Incarnation) -> bool:
+        return any(member.incarnation == incarnation for member in (*self.shards, *self.workers))
+
+
+def _staying(members: Sequence[Member], leaving: frozenset[Incarnation]) -> list[Incarnation]:
+    names = [member.incarnation for member in members]
+    return [name for name in names if name not in leaving] or names
+
+
+class Seating(NamedTuple):
+    """Who computes."""
+
+    stages: tuple[StageLayers, ...]
+    replicas: tuple[Replica, ...]
+
+
+@dataclass(frozen=True)
 class Planner:
     """The arithmetic that a config fixes."""
 
@@ -50,110 +92,159 @@ class Planner:
     def _sizes(self) -> list[int]:
         return [chunk.num_bytes for chunk in Layout.of(self.config).chunks]
 
-    def judge(
-        self,
-        plan: Plan | None,
-        shards: Sequence[Member],
-        workers: Sequence[Member],
-        caught_up: Mapping[ChunkId, Incarnation] = NOBODY,
-    ) -> Verdict:
-        """A first plan waits for the whole cluster. Later ones make do with one replica, and grow again when workers come.
+    # ---- judging -------------------------------------------------------------------------------------------------------
 
-        `caught_up`: learners of the plan that hold all that their primaries do. They are listed all at once, since every plan
-        begins the open step anew.
+    def judge(self, plan: Plan | None, present: Present, *, version: Version, is_suspended: bool = False) -> Verdict:
+        """A first plan waits for the whole cluster. Later ones make do with whom there is, and grow again when others come.
+
+        `version`: steps that are known to be done. `is_suspended`: the shards of the plan make no further step.
         """
-        cluster = self.config.cluster
+        cluster, shards, workers = self.config.cluster, present.staying_shards, present.staying_workers(plan)
         if plan is None:
-            wanted = cluster.stages * cluster.replicas
-            missing = [*_missing("shard", cluster.shards, len(shards)), *_missing("worker", wanted, len(workers))]
+            missing = _missing("shard", cluster.shards, len(shards))
+            missing += _missing("worker", cluster.stages * cluster.replicas, len(workers))
             return Verdict(Decision.WAIT, " and ".join(missing)) if missing else Verdict(Decision.BEGIN, "everybody is here")
-        alive = {member.incarnation for member in (*shards, *workers)}
-        missing = _missing("worker", cluster.stages, len(workers)) if len(workers) < cluster.stages else []
-        if surviving(plan.placements, [member.incarnation for member in shards]) is None:
-            missing = [*_missing("shard", cluster.shards, len(shards)), *missing]
-            lost = ", ".join(shard for shard in plan.shards if shard not in alive)
-            return Verdict(Decision.WAIT, " and ".join(missing)) if missing else Verdict(Decision.BEGIN, f"{lost} is gone")
-        gone = [shard for shard in plan.shards if shard not in alive]
-        gone += [worker for replica in plan.replicas for worker in replica.workers if worker not in alive]
-        wanted = min(cluster.replicas, len(workers) // cluster.stages)
+        is_lost = is_suspended or surviving(plan.placements, [member.incarnation for member in present.shards]) is None
+        missing = _missing("shard", cluster.shards, len(shards)) if is_lost else []
+        missing += self._missing_workers(workers, present.memory_bytes)
         if missing:
             return Verdict(Decision.WAIT, " and ".join(missing))
-        if gone:
-            return Verdict(Decision.REPLAN, f"{', '.join(gone)} is gone")
-        if wanted > len(plan.replicas):
-            return Verdict(Decision.REPLAN, f"there are workers for {wanted} replicas")
-        learning = {ChunkId(chunk): each.learner for chunk, each in enumerate(plan.placements) if each.learner is not None}
+        if is_suspended:
+            return Verdict(Decision.BEGIN, "shards are here again")
+        if is_lost:
+            return Verdict(Decision.BEGIN, f"{', '.join(shard for shard in plan.shards if shard not in present)} is gone")
+        seating = self.seat(present, plan, number=plan.number, begins_at=Version(0))
+        placements = self.place(present, plan)
+        reason = self._reason(plan, present, seating, placements, version)
+        return Verdict(Decision.REPLAN, reason) if reason else Verdict(Decision.KEEP, "")
+
+    def _reason(self, plan: Plan, present: Present, seating: Seating, placements: tuple[Placement, ...], version: Version) -> str:
+        """Why the plan does not serve any more; empty: it does."""
+        is_same_seating = _chains(seating.replicas) == _chains(plan.replicas) and seating.stages == plan.stages
+        is_awaited = plan.settled_at > version  # some still work as they did before the plan, and must not be missing
+        if is_same_seating and placements == plan.placements and not (is_awaited and _has_lost_worker(plan, present)):
+            return ""
+        used = {*plan.shards, *(worker for replica in plan.replicas for worker in replica.workers)}
+        if gone := [each.incarnation for each in plan.members if each.incarnation in used and each.incarnation not in present]:
+            return f"{', '.join(gone)} is gone"
+        if going := [each for each in plan.addresses if each in present.leaving and each in used]:
+            return f"{', '.join(going)} leaves"
+        if len(seating.stages) != len(plan.stages):
+            return f"there are workers for {len(seating.stages)} stages"
+        if len(seating.replicas) != len(plan.replicas):
+            return f"there are workers for {len(seating.replicas)} replicas"
+        learning = sum(each.learner is not None for each in placements)
         if learning:
-            done = all(caught_up.get(chunk) == learner for chunk, learner in learning.items())
-            return Verdict(Decision.REPLAN, f"{len(learning)} new copies are complete") if done else Verdict(Decision.KEEP, "")
-        fuller = self._with_learners(plan.placements, shards, plan)
-        if fuller != plan.placements:
-            missing_copies = sum(each.learner is not None for each in fuller)
-            return Verdict(Decision.REPLAN, f"{missing_copies} chunks get another copy")
-        return Verdict(Decision.KEEP, "")
+            return f"{learning} chunks get another copy"
+        return f"{len(present.caught_up)} new copies are complete" if present.caught_up else "somebody is gone"
+
+    def _missing_workers(self, workers: Sequence[Incarnation], memory_bytes: Mapping[Incarnation, int]) -> list[str]:
+        """What keeps `workers` from forming one replica: with fewer of them than stages, each takes more layers."""
+        wanted = self.config.cluster.stages
+        if not workers:
+            return _missing("worker", wanted, 0)
+        num_stages = min(wanted, len(workers))
+        need = stage_bytes(self.config, num_stages, 1) if num_stages < wanted else 0
+        room = min(memory_bytes.get(worker) or need for worker in workers)
+        if room < need:
+            (missing,) = _missing("worker", wanted, len(workers))
+            return [f"{missing}; {num_stages} stages take {need / _GIB:.1f} GiB each, and a worker has {room / _GIB:.1f} GiB"]
+        return []
+
+    # ---- making --------------------------------------------------------------------------------------------------------
 
     def make(
         self,
         number: PlanNumber,
         timeline: Timeline,
-        shards: Sequence[Member],
-        workers: Sequence[Member],
+        present: Present,
         *,
         previous: Plan | None,
         reason: str,
-        caught_up: Mapping[ChunkId, Incarnation] = NOBODY,
+        begins_at: Version,
+        version: Version,
     ) -> Plan:
-        """The plan of `timeline`. In the timeline of `previous` chunks stay with their copies, and get those that they lack."""
-        config, cluster = self.config, self.config.cluster
-        rows = seat_workers(
-            [member.incarnation for member in workers],
-            stages=cluster.stages,
-            replicas=cluster.replicas,
-            previous=() if previous is None else [replica.workers for replica in previous.replicas],
-        )
-        placements = self._place(timeline, shards, previous, caught_up)
-        holders = {shard for placement in placements for shard in placement.holders}
-        chosen = _choose_shards(shards, cluster.shards, previous)
-        named = tuple(member for member in shards if member.incarnation in holders | set(chosen))
+        """The plan of `timeline`. In the timeline of `previous` chunks stay with their copies, and get those that they lack.
+
+        `begins_at`: where those who are seated anew begin, unless somebody is missing until then. `version`: steps that are
+        known to be done.
+        """
+        is_new = previous is None or previous.timeline != timeline
+        if is_new or _has_lost_worker(previous, present):
+            begins_at = Version(0)
+        seating = self.seat(present, previous, number=number, begins_at=begins_at)
+        if begins_at == 0 and previous is not None:  # nobody may wait for a version that those who are gone do not bring
+            replicas = (
+                Replica(each.workers, each.blocks, number, begins_at) if is_new or each.begins_at > version else each
+                for each in seating.replicas
+            )
+            seating = Seating(seating.stages, tuple(replicas))
+        placements = self._place_anew(present, previous) if previous is None or is_new else self.place(present, previous)
+        holders = {shard for placement in placements for shard in placement.holders} | set(present.staying_shards)
+        named = tuple(member for member in present.shards if member.incarnation in holders)
         return Plan(
             number=number,
             run_id=self.run_id,
             timeline=timeline,
-            members=(*named, *workers),
-            stages=tuple(split_layers(layer_costs(config.model, config.train.seq_len), cluster.stages)),
-            replicas=form_replicas(rows, config.train.lanes),
+            members=(*named, *present.workers),
+            stages=seating.stages,
+            replicas=seating.replicas,
             placements=placements,
             reason=reason,
         )
 
-    def _place(
-        self, timeline: Timeline, shards: Sequence[Member], previous: Plan | None, caught_up: Mapping[ChunkId, Incarnation]
-    ) -> tuple[Placement, ...]:
-        before = () if previous is None else previous.placements
-        if previous is not None and previous.timeline == timeline:
-            kept = surviving(before, [member.incarnation for member in shards])
-            if kept is None:
-                raise ValueError("a chunk has no copy left in this timeline; a roll-back needs another one")
-            kept = with_even_primaries(listed(kept, caught_up), self._sizes)
-            return self._with_learners(kept, shards, previous)
-        chosen = _choose_shards(shards, self.config.cluster.shards, previous)
-        return place_chunks(self._sizes, chosen, replication=self.config.cluster.num_copies, previous=before)
+    def seat(self, present: Present, previous: Plan | None, *, number: PlanNumber, begins_at: Version) -> Seating:
+        """As many whole replicas as there are workers for; fewer stages if there is not one."""
+        config, cluster, workers = self.config, self.config.cluster, present.staying_workers(previous)
+        num_stages = min(cluster.stages, len(workers))
+        stages = tuple(split_layers(layer_costs(config.model, config.train.seq_len), num_stages))
+        before = () if previous is None or previous.stages != stages else previous.replicas
+        rows = seat_workers(
+            workers, stages=num_stages, replicas=cluster.replicas, previous=[replica.workers for replica in before]
+        )
+        replicas = form_replicas(rows, config.train.lanes, number=number, begins_at=begins_at, previous=before)
+        return Seating(stages, replicas)
 
-    def _with_learners(
-        self, placements: tuple[Placement, ...], shards: Sequence[Member], previous: Plan
-    ) -> tuple[Placement, ...]:
-        chosen = _choose_shards(shards, self.config.cluster.shards, previous)
-        return with_learners(placements, self._sizes, chosen, replication=self.config.cluster.num_copies)
+    def place(self, present: Present, previous: Plan) -> tuple[Placement, ...]:
+        """Copies that are left, those that have caught up, and learners: for what is missing, else for fair shares.
+
+        Learners are listed all at once, when the last of them has caught up or something else asks for a plan.
+        """
+        staying, alive = present.staying_shards, [member.incarnation for member in present.shards]
+        copies = self.config.cluster.num_copies(len(staying))
+        kept = surviving(previous.placements, alive)
+        if kept is None:
+            raise ValueError("a chunk has no copy left in this timeline; a roll-back needs another one")
+        learning = [ChunkId(chunk) for chunk, each in enumerate(kept) if each.learner is not None]
+        if kept != previous.placements or all(chunk in present.caught_up for chunk in learning):
+            kept = listed(kept, present.caught_up)
+        whole = trimmed(kept, self._sizes, staying, replication=copies)
+        if [each.in_sync for each in whole] != [each.in_sync for each in previous.placements]:
+            whole = with_even_primaries(whole, self._sizes, staying)
+        if any(each.learner is not None for each in whole) and whole == previous.placements:
+            return whole  # one thing after another
+        filled = with_learners(whole, self._sizes, staying, replication=copies)
+        if any(each.learner is not None for each in filled):
+            return filled
+        return with_fair_shares(filled, self._sizes, staying)
+
+    def _place_anew(self, present: Present, previous: Plan | None) -> tuple[Placement, ...]:
+        staying = present.staying_shards
+        before = () if previous is None else previous.placements
+        copies = self.config.cluster.num_copies(len(staying))
+        return place_chunks(self._sizes, staying, replication=copies, previous=before)
 
     def next_timeline(self, present: Timeline | None, checkpoint: CheckpointMark) -> Timeline:
         return Timeline(0 if present is None else present.id + 1, checkpoint.version, checkpoint.digest)
 
 
-def _choose_shards(shards: Sequence[Member], num_shards: int, previous: Plan | None) -> list[Incarnation]:
-    """Those that the plan had, then newcomers; in order of registration."""
-    before = () if previous is None else previous.shards
-    ranked = sorted(shards, key=lambda member: member.incarnation not in before)[:num_shards]
-    return [member.incarnation for member in shards if member in ranked]
+def _chains(replicas: Sequence[Replica]) -> list[tuple[object, object]]:
+    return [(each.workers, each.blocks) for each in replicas]
+
+
+def _has_lost_worker(plan: Plan | None, present: Present) -> bool:
+    """Whether a worker that the plan knew is gone: it may have been at work, if only as before that plan."""
+    return plan is not None and any(each.role == "worker" and each.incarnation not in present for each in plan.members)
 
 
 def _missing(role: str, wanted: int, found: int) -> list[str]:

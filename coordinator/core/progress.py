@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from coordinator.core.events import CheckpointReport, StepSummary, TrainingRow, ValidationReport
-from shardlane.ids import ChunkId, Incarnation, Version
+from shardlane.ids import ChunkId, Version
 
 OPEN_MAX = 64  # versions that are validated or checkpointed at one time; the oldest are given up
 
@@ -27,6 +27,13 @@ class Steps:
 
     def start_clock(self, now: float) -> None:
         self._since_seconds = now
+
+    def forecast(self, now: float, ahead_seconds: float) -> Version:
+        """A version that is not published before `ahead_seconds` from now, if steps last as they did; 0: not known."""
+        if self.newest is None or not self.tokens_per_second or self._since_seconds is None:
+            return Version(0)
+        step_seconds = self.newest.tokens / self.tokens_per_second
+        return Version(self.version + 2 + int((now - self._since_seconds + ahead_seconds) / step_seconds))
 
     def take(self, summaries: Iterable[StepSummary], now: float) -> list[TrainingRow]:
         """Rows of the steps that are new. Steps that came in one report share its time."""
@@ -90,7 +97,7 @@ class Checkpoints:
 
     def __init__(self, num_chunks: int) -> None:
         self._num_chunks = num_chunks
-        self._open: dict[Version, dict[Incarnation, CheckpointReport]] = {}
+        self._open: dict[Version, dict[str, CheckpointReport]] = {}  # by file
         self._committing: set[Version] = set()
 
     def take(self, report: CheckpointReport) -> tuple[CheckpointReport, ...]:
@@ -98,7 +105,7 @@ class Checkpoints:
         if report.version in self._committing:
             return ()
         parts = self._open.setdefault(report.version, {})
-        parts[report.incarnation] = report
+        parts[report.file] = report
         covered: set[ChunkId] = set().union(*(part.chunks for part in parts.values()))
         if len(covered) < self._num_chunks:
             _bound(self._open)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from coordinator.core.departures import Departures, all_leave
 from coordinator.core.events import (
     NO_CHECKPOINT,
     Announce,
@@ -30,13 +31,15 @@ from coordinator.core.events import (
     ValidationRow,
 )
 from coordinator.core.membership import Members
-from coordinator.core.planning import Decision, Planner
+from coordinator.core.planning import Decision, Planner, Present
 from coordinator.core.progress import Checkpoints, Steps, Validations
 from shardlane.cadence import validates_at
 from shardlane.config import Config
 from shardlane.ids import ChunkId, Incarnation, PlanNumber, RunId, Timeline, Version
 from shardlane.partition import Layout
 from shardlane.plan import REQUEST_CHECKPOINT, REQUEST_STOP, Plan, Role
+
+ADOPTION_SECONDS = 1.0  # that members have to hear of a plan which takes effect at a later version
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +50,7 @@ class Saved:
     requests: int = 0  # REQUEST_* bits that were asked for and have not taken effect
     end_version: Version | None = None  # where a stop took effect
     finished: bool = False
+    suspending: bool = False  # that stop is one of shards that all leave: the run goes on when others come
 
 
 @dataclass(frozen=True)
@@ -94,6 +98,7 @@ class Run:
         self._requests = beginning.saved.requests
         self._requested_at = beginning.version
         self._end_version = beginning.saved.end_version
+        self._departures = Departures(beginning.saved.suspending)
         self._finished = False
         self._caught_up: dict[ChunkId, Incarnation] = {}  # learners of the present plan
         self._told: set[Incarnation] = set()  # members that know that the run has ended
@@ -129,11 +134,27 @@ class Run:
 
     @property
     def has_ended(self) -> bool:
-        return self.state in (RunState.FINISHED, RunState.FAILED)
+        return self._finished or bool(self.failure)
 
     @property
     def saved(self) -> Saved:
-        return Saved(self._paused, self._requests, self._end_version, self._finished)
+        return Saved(self._paused, self._requests, self._end_version, self._finished, self._departures.is_suspending)
+
+    @property
+    def is_suspended(self) -> bool:
+        """All shards leave, and what they held is in a checkpoint."""
+        at = self._end_version
+        return self._departures.is_suspending and at is not None and min(self.version, self.checkpoint.version) >= at
+
+    def may_leave(self, incarnation: Incarnation, now: float) -> bool:
+        """Whether a member that is leaving is not needed any more."""
+        if incarnation not in self.members.leaving:
+            return False
+        if self.has_ended or self.plan is None or self.is_suspended:
+            return True
+        return self.members.plan(incarnation) == self.plan.number and self._departures.may_leave(
+            incarnation, self._present(), self.plan, version=self.version, is_stuck=bool(self.waiting_for), now=now
+        )
 
     @property
     def num_expected(self) -> int:
@@ -167,6 +188,7 @@ class Run:
         return None, effects + self._reconsider(now)
 
     def on_heartbeat(self, beat: Heartbeat, now: float) -> tuple[Refusal | None, list[Effect]]:
+        was_leaving = beat.incarnation in self.members.leaving
         member = self.members.heartbeat(beat, now)
         if isinstance(member, Refusal):
             return member, []
@@ -177,7 +199,10 @@ class Run:
                 effects.append(row)
                 self._take_effect(row.summary.requests, Version(row.summary.step + 1))
         effects += self._settle()
-        if self.plan is not None and beat.plan == self.plan.number and self._note_copies(beat):
+        has_copies = self.plan is not None and beat.plan == self.plan.number and self._note_copies(beat)
+        if member.is_leaving and not was_leaving:
+            effects += [Note(f"{beat.incarnation} is leaving"), *self._note_leaving(now)]
+        if has_copies or member.is_leaving != was_leaving:
             effects += self._reconsider(now)
         if self.has_ended:
             self._told.add(beat.incarnation)
@@ -242,24 +267,26 @@ class Run:
             case Control.CHECKPOINT:
                 self._requests |= REQUEST_CHECKPOINT
                 self._requested_at = self.version
-            case Control.STOP:  # it takes effect with a step, so there must be one
-                self._requests |= REQUEST_STOP
-                self._paused = False
+            case Control.STOP:
+                self._ask_to_stop()
+                self._departures.is_suspending = False
         return [Note(f"asked to {action.value}")]
 
     def on_death(self, incarnation: Incarnation, reason: str, now: float) -> list[Effect]:
         """Somebody has seen that a member is gone; its lease need not run out."""
+        has_left = incarnation in self.members.leaving
         if self.has_ended or not self.members.drop(incarnation):
             return []
-        return [ForgetMember(incarnation), Note(f"{incarnation} is dead: {reason}", is_warning=True), *self._reconsider(now)]
+        said = Note(f"{incarnation} has left") if has_left else Note(f"{incarnation} is dead: {reason}", is_warning=True)
+        return [ForgetMember(incarnation), said, *self._reconsider(now)]
 
     def on_tick(self, now: float) -> list[Effect]:
         """Time has passed."""
         effects: list[Effect] = []
-        for incarnation in self.members.expire(now):
-            lease = f"{self.members.lease_seconds:g} s"
-            effects += [ForgetMember(incarnation), Note(f"{incarnation} was silent for {lease}", is_warning=not self.has_ended)]
-        return effects + (self._reconsider(now) if effects else [])
+        for incarnation, seconds in self.members.expire(now):
+            said = f"{incarnation} was silent for {seconds:.1f} s"
+            effects += [ForgetMember(incarnation), Note(said, is_warning=not self.has_ended)]
+        return effects + (self._reconsider(now) if effects or self.is_suspended else [])
 
     # ---- decisions -----------------------------------------------------------------------------------------------------
 
@@ -289,11 +316,27 @@ class Run:
         self._caught_up |= news
         return bool(news)
 
+    def _ask_to_stop(self) -> None:
+        """It takes effect with a step, so there must be one."""
+        self._requests |= REQUEST_STOP
+        self._paused = False
+
+    def _note_leaving(self, now: float) -> list[Effect]:
+        """When all shards leave there is nobody to hand over to: the run stops with a checkpoint until others come."""
+        is_stopping = self.has_ended or self._departures.is_suspending or self._end_version is not None
+        if not self._departures.note(self._present(), now) or self.plan is None or is_stopping:
+            return []
+        if not self._requests & REQUEST_STOP:
+            self._departures.is_suspending = True
+            self._ask_to_stop()
+        return [Note("all shards are leaving: the run stops with a checkpoint until others come")]
+
     def _settle(self) -> list[Effect]:
         """Ends the run when its last version is published, checkpointed and, where that is due, validated."""
         end = self.end_version
         validated = self.validations.is_done(end) or not validates_at(end, self.config)
-        if self.has_ended or self.version < end or self.checkpoint.version < end or not validated:
+        is_whole = min(self.version, self.checkpoint.version) >= end and validated
+        if self.has_ended or not is_whole or self._departures.is_suspending:
             return []
         self._finished = True
         return [Note(f"the run is finished at version {self.version}")]
@@ -302,8 +345,9 @@ class Run:
         """Makes another plan where the present one does not serve."""
         if self.has_ended:
             return []
-        shards, workers = self.members.alive("shard"), self.members.alive("worker")
-        decision, reason = self._planner.judge(self.plan, shards, workers, self._caught_up)
+        present, is_gentle = self._present(), self.state is RunState.TRAINING
+        is_suspended = self.is_suspended and not all_leave(present.shards, present.leaving)
+        decision, reason = self._planner.judge(self.plan, present, version=self.version, is_suspended=is_suspended)
         if decision is Decision.WAIT:
             changed, self.waiting_for = self.waiting_for != reason, reason
             return [Note(f"waiting for {reason}")] if changed else []
@@ -319,10 +363,25 @@ class Run:
             self.steps.start_clock(now)
         number = PlanNumber(self._term, 1 if self.plan is None else self.plan.number.epoch + 1)
         self.plan = self._planner.make(
-            number, self.timeline, shards, workers, previous=self.plan, reason=reason, caught_up=self._caught_up
+            number,
+            self.timeline,
+            present,
+            previous=self.plan,
+            reason=reason,
+            begins_at=self.steps.forecast(now, ADOPTION_SECONDS) if is_gentle else Version(0),
+            version=self.version,
         )
         self._caught_up = {}
         return [*effects, Announce(self.plan), Note(f"plan {number}: {reason}")]
+
+    def _present(self) -> Present:
+        return Present(
+            self.members.alive("shard"),
+            self.members.alive("worker"),
+            self.members.leaving,
+            self._caught_up,
+            {each.registration.incarnation: each.registration.memory_bytes for each in self.members.states},
+        )
 
     def _rewind(self) -> list[Effect]:
         """14. The steps since the checkpoint are lost, and said to be."""
@@ -330,7 +389,12 @@ class Run:
         self.steps.rewind(version)
         self.validations.rewind(version)
         self.checkpoints.clear()
+        if self._departures.is_suspending:
+            self._departures.is_suspending, self._end_version = False, None
+            self._requests &= ~REQUEST_STOP
         if self._end_version is not None and self._end_version > version:
             self._end_version = None
             self._requests |= REQUEST_STOP
+        if not lost:
+            return []
         return [DropRows(version), Note(f"rolled back to version {version}: {lost} steps are lost", is_warning=True)]

@@ -113,13 +113,14 @@ class ShardCore:
         effects: list[Effect] = []
         if old is None or plan.timeline != old.timeline:
             effects += self._begin_timeline()
-        to_load = []
+        to_load: list[ChunkId] = []
         for chunk, placement in enumerate(plan.placements):
             effects += self._take_role(ChunkId(chunk), placement, None if old is None else old.placements[chunk])
             if self.me in placement.in_sync and ChunkId(chunk) not in self.chunks:
                 to_load.append(ChunkId(chunk))
         if to_load:
             effects += self._load(plan, to_load, begins=old is None or plan.timeline != old.timeline)
+        effects += self._checkpoint_taken_over(old)
         self._filling.begin(chunk for chunk in self.chunks if self.is_primary(chunk) and plan.placements[chunk].learner)
         for chunk in self.chunks:
             effects += self._replicate(chunk)
@@ -182,13 +183,24 @@ class ShardCore:
             return [Forget(chunk)]
         held.acks.clear()  # acks count in their own epoch only
         held.awaited.clear()
+        if now.primary == self.me and before is not None and before.primary == self.me:
+            return []  # what was counted here stays counted
         if held.closed is None:
             held.barrier = self._fresh_barrier(chunk)
-            held.measuring = False
         effects: list[Effect] = [DropSums(chunk, keep_closed=held.closed is not None)]
-        if now.primary == self.me and (before is None or before.primary != self.me):
+        if now.primary == self.me:
             effects.append(Publish(chunk, held.version))  # pulls come here from now on
         return effects
+
+    def _checkpoint_taken_over(self, old: Plan | None) -> list[Effect]:
+        """Who was primary of a chunk may have died before it wrote the version that was to be checkpointed."""
+        found: dict[Version, list[ChunkId]] = {}
+        for chunk, held in self.chunks.items():
+            is_new = self.is_primary(chunk) and old is not None and old.placements[chunk].primary != self.me
+            decision = self._decision(Step(held.version - 1)) if is_new else None
+            if decision is not None and decision.checkpoint:
+                found.setdefault(held.version, []).append(chunk)
+        return [Checkpoint(version, tuple(chunks)) for version, chunks in found.items()]
 
     def _load(self, plan: Plan, chunks: list[ChunkId], *, begins: bool) -> list[Effect]:
         if not begins:

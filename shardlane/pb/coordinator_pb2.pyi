@@ -66,12 +66,16 @@ class StageLayers(_message.Message):
     def __init__(self, first: _Optional[int] = ..., end: _Optional[int] = ...) -> None: ...
 
 class Replica(_message.Message):
-    __slots__ = ("workers", "blocks")
+    __slots__ = ("workers", "blocks", "formed", "begins_at")
     WORKERS_FIELD_NUMBER: _ClassVar[int]
     BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    FORMED_FIELD_NUMBER: _ClassVar[int]
+    BEGINS_AT_FIELD_NUMBER: _ClassVar[int]
     workers: _containers.RepeatedScalarFieldContainer[int]
     blocks: _containers.RepeatedCompositeFieldContainer[_tensor_pb2.Block]
-    def __init__(self, workers: _Optional[_Iterable[int]] = ..., blocks: _Optional[_Iterable[_Union[_tensor_pb2.Block, _Mapping]]] = ...) -> None: ...
+    formed: _tensor_pb2.PlanNumber
+    begins_at: int
+    def __init__(self, workers: _Optional[_Iterable[int]] = ..., blocks: _Optional[_Iterable[_Union[_tensor_pb2.Block, _Mapping]]] = ..., formed: _Optional[_Union[_tensor_pb2.PlanNumber, _Mapping]] = ..., begins_at: _Optional[int] = ...) -> None: ...
 
 class ChunkPlacement(_message.Message):
     __slots__ = ("in_sync", "learner")
@@ -124,7 +128,7 @@ class GetRunResponse(_message.Message):
     def __init__(self, run_id: _Optional[str] = ..., config: _Optional[str] = ..., data_digest: _Optional[str] = ..., checkpoint_path: _Optional[str] = ...) -> None: ...
 
 class RegisterRequest(_message.Message):
-    __slots__ = ("protocol_version", "role", "incarnation", "address", "numerics_class", "run_id", "metrics_address")
+    __slots__ = ("protocol_version", "role", "incarnation", "address", "numerics_class", "run_id", "metrics_address", "memory_bytes")
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
@@ -132,6 +136,7 @@ class RegisterRequest(_message.Message):
     NUMERICS_CLASS_FIELD_NUMBER: _ClassVar[int]
     RUN_ID_FIELD_NUMBER: _ClassVar[int]
     METRICS_ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    MEMORY_BYTES_FIELD_NUMBER: _ClassVar[int]
     protocol_version: int
     role: Role
     incarnation: str
@@ -139,7 +144,8 @@ class RegisterRequest(_message.Message):
     numerics_class: str
     run_id: str
     metrics_address: str
-    def __init__(self, protocol_version: _Optional[int] = ..., role: _Optional[_Union[Role, str]] = ..., incarnation: _Optional[str] = ..., address: _Optional[str] = ..., numerics_class: _Optional[str] = ..., run_id: _Optional[str] = ..., metrics_address: _Optional[str] = ...) -> None: ...
+    memory_bytes: int
+    def __init__(self, protocol_version: _Optional[int] = ..., role: _Optional[_Union[Role, str]] = ..., incarnation: _Optional[str] = ..., address: _Optional[str] = ..., numerics_class: _Optional[str] = ..., run_id: _Optional[str] = ..., metrics_address: _Optional[str] = ..., memory_bytes: _Optional[int] = ...) -> None: ...
 
 class RegisterResponse(_message.Message):
     __slots__ = ("lease_seconds",)
@@ -166,20 +172,22 @@ class StepSummary(_message.Message):
     def __init__(self, step: _Optional[int] = ..., loss: _Optional[float] = ..., grad_norm: _Optional[float] = ..., learning_rate: _Optional[float] = ..., tokens: _Optional[int] = ..., skipped: bool = ..., requests: _Optional[int] = ...) -> None: ...
 
 class HeartbeatRequest(_message.Message):
-    __slots__ = ("incarnation", "plan", "version", "steps", "activity", "caught_up")
+    __slots__ = ("incarnation", "plan", "version", "steps", "activity", "caught_up", "leaving")
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     PLAN_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     STEPS_FIELD_NUMBER: _ClassVar[int]
     ACTIVITY_FIELD_NUMBER: _ClassVar[int]
     CAUGHT_UP_FIELD_NUMBER: _ClassVar[int]
+    LEAVING_FIELD_NUMBER: _ClassVar[int]
     incarnation: str
     plan: _tensor_pb2.PlanNumber
     version: int
     steps: _containers.RepeatedCompositeFieldContainer[StepSummary]
     activity: str
     caught_up: _containers.RepeatedCompositeFieldContainer[CaughtUp]
-    def __init__(self, incarnation: _Optional[str] = ..., plan: _Optional[_Union[_tensor_pb2.PlanNumber, _Mapping]] = ..., version: _Optional[int] = ..., steps: _Optional[_Iterable[_Union[StepSummary, _Mapping]]] = ..., activity: _Optional[str] = ..., caught_up: _Optional[_Iterable[_Union[CaughtUp, _Mapping]]] = ...) -> None: ...
+    leaving: bool
+    def __init__(self, incarnation: _Optional[str] = ..., plan: _Optional[_Union[_tensor_pb2.PlanNumber, _Mapping]] = ..., version: _Optional[int] = ..., steps: _Optional[_Iterable[_Union[StepSummary, _Mapping]]] = ..., activity: _Optional[str] = ..., caught_up: _Optional[_Iterable[_Union[CaughtUp, _Mapping]]] = ..., leaving: bool = ...) -> None: ...
 
 class CaughtUp(_message.Message):
     __slots__ = ("chunk", "learner")
@@ -190,18 +198,20 @@ class CaughtUp(_message.Message):
     def __init__(self, chunk: _Optional[int] = ..., learner: _Optional[str] = ...) -> None: ...
 
 class HeartbeatResponse(_message.Message):
-    __slots__ = ("lease_seconds", "state", "acknowledged_steps", "requests", "reason")
+    __slots__ = ("lease_seconds", "state", "acknowledged_steps", "requests", "reason", "may_leave")
     LEASE_SECONDS_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     ACKNOWLEDGED_STEPS_FIELD_NUMBER: _ClassVar[int]
     REQUESTS_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
+    MAY_LEAVE_FIELD_NUMBER: _ClassVar[int]
     lease_seconds: float
     state: RunState
     acknowledged_steps: int
     requests: int
     reason: str
-    def __init__(self, lease_seconds: _Optional[float] = ..., state: _Optional[_Union[RunState, str]] = ..., acknowledged_steps: _Optional[int] = ..., requests: _Optional[int] = ..., reason: _Optional[str] = ...) -> None: ...
+    may_leave: bool
+    def __init__(self, lease_seconds: _Optional[float] = ..., state: _Optional[_Union[RunState, str]] = ..., acknowledged_steps: _Optional[int] = ..., requests: _Optional[int] = ..., reason: _Optional[str] = ..., may_leave: bool = ...) -> None: ...
 
 class WatchPlansRequest(_message.Message):
     __slots__ = ("incarnation", "have")

@@ -58,9 +58,9 @@ def summary(step: int, *, requests: int = 0, tokens: int = 32) -> StepSummary:
     return StepSummary(Step(step), 5.0 - step, 1.0, 1e-3, tokens, False, requests)
 
 
-def beat(run: Run, name: str, *steps: StepSummary, plan: PlanNumber | None = None) -> Heartbeat:
+def beat(run: Run, name: str, *steps: StepSummary, plan: PlanNumber | None = None, is_leaving: bool = False) -> Heartbeat:
     known = plan or (run.plan.number if run.plan else PlanNumber(0, 0))
-    return Heartbeat(incarnation(name), known, run.version, steps)
+    return Heartbeat(incarnation(name), known, run.version, steps, is_leaving=is_leaving)
 
 
 def validation(name: str, version: int, index: int, loss_sum: float = 8.0, tokens: int = 8) -> ValidationReport:

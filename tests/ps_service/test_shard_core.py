@@ -158,15 +158,38 @@ def test_a_deposed_primary_applies_only_the_sum_that_was_decided_on() -> None:
     assert of_kind(effects, DropSums, Apply) == [DropSums(X, keep_closed=False)]
 
 
-def test_a_new_plan_keeps_closed_sums_and_clears_partial_ones() -> None:
+def test_what_a_primary_has_counted_stays_counted_as_long_as_it_is_primary() -> None:
     shard = core(A)
     shard.on_plan(plan(Placement((A, B)), Placement((A, B))))
     close(shard, X)
     shard.on_push(push(lane(0), chunk=Y))
-    effects = shard.on_plan(plan(Placement((A, B)), Placement((A, B)), epoch=2))
+    assert of_kind(shard.on_plan(plan(Placement((A,)), Placement((A, B)), epoch=2)), DropSums) == []
+    assert shard.judge(push(lane(0), chunk=Y)).outcome is Outcome.DUPLICATE
+    effects = shard.on_plan(plan(Placement((B, A)), Placement((B, A)), epoch=3))
     assert of_kind(effects, DropSums) == [DropSums(X, keep_closed=True), DropSums(Y, keep_closed=False)]
+    shard.on_plan(plan(Placement((B, A)), Placement((A, B)), epoch=4))
     assert shard.judge(push(lane(0), chunk=Y)).outcome is Outcome.COUNTED
-    assert shard.judge(push(lane(0), chunk=X)).outcome is Outcome.DUPLICATE
+
+
+def test_a_new_plan_keeps_closed_sums() -> None:
+    shard = core(A)
+    shard.on_plan(plan(Placement((A, B)), Placement((A, B))))
+    close(shard, X)
+    effects = shard.on_plan(plan(Placement((B, A)), Placement((B, A)), epoch=2))
+    assert of_kind(effects, DropSums) == [DropSums(X, keep_closed=True), DropSums(Y, keep_closed=False)]
+
+
+def test_who_takes_over_a_chunk_writes_its_part_of_the_version_to_be_checkpointed() -> None:
+    """Its primary may have died before it did."""
+    shard = core(B)
+    shard.on_plan(plan(Placement((A, B)), Placement((B, A))))
+    shard.on_message(Envelope(A, PlanNumber(1, 1), 0, Replicate(record(X))))
+    shard.requests = REQUEST_CHECKPOINT
+    close(shard, Y)
+    shard.on_message(Envelope(A, PlanNumber(1, 1), 0, Ack(Step(0), Y)))
+    shard.on_message(Envelope(A, PlanNumber(1, 1), 0, Records((record(X),))))
+    effects = shard.on_plan(plan(Placement((B,)), Placement((B,)), epoch=2))
+    assert of_kind(effects, Checkpoint) == [Checkpoint(Version(1), (X,))]
 
 
 def test_who_becomes_primary_publishes_the_version_it_holds() -> None:

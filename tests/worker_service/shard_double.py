@@ -35,7 +35,7 @@ def plan_of(addresses: list[str], num_chunks: int, epoch: int = 1) -> Plan:
         Timeline(0, Version(0)),
         (Member(WORKER, "worker", "w:1"), *members),
         (StageLayers(0, 1, 1),),
-        (Replica((WORKER,), (Block(lane(0).first, 4),)),),
+        (Replica((WORKER,), (Block(lane(0).first, 4),), PlanNumber(1, epoch), Version(0)),),
         tuple(Placement((shards[chunk % len(shards)],)) for chunk in range(num_chunks)),
     )
 

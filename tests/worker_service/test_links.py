@@ -38,7 +38,9 @@ class Receiver:
         self.ahead: list[int] = []
         self.lanes: list[tuple[str, int, int]] = []
         pool = BufferPool(64 << 20)
-        self.inbox = Inbox(ME, RUN, budget_bytes, pool, on_ahead=self.ahead.append, on_lane=lambda *word: self.lanes.append(word))
+        self.reseated: list[PlanNumber] = []
+        told = {"on_ahead": self.ahead.append, "on_reseated": self.reseated.append}
+        self.inbox = Inbox(ME, RUN, budget_bytes, pool, **told, on_lane=lambda *word: self.lanes.append(word))
         self.bind = "127.0.0.1:0"
         self.start()
 

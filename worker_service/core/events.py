@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from shardlane.ids import ChunkId, Incarnation, Lane, SiteIndex, Version
+from shardlane.ids import ChunkId, Incarnation, Lane, PlanNumber, SiteIndex, Version
 from shardlane.lanes import Block
 from shardlane.plan import Plan
 
@@ -98,6 +98,13 @@ class PeerAhead:
 
 
 @dataclass(frozen=True, slots=True)
+class PeerReseated:
+    """A neighbour has taken up its seat in a replica that `formed` by this plan."""
+
+    formed: PlanNumber
+
+
+@dataclass(frozen=True, slots=True)
 class LaneAsked:
     """The stage after wants a lane of the open step run again."""
 
@@ -114,7 +121,18 @@ class LaneTold:
 
 
 Event = (
-    PlanAdopted | StateChanged | Pulled | Superseded | Validated | Ran | Answered | PullEnded | PeerAhead | LaneAsked | LaneTold
+    PlanAdopted
+    | StateChanged
+    | Pulled
+    | Superseded
+    | Validated
+    | Ran
+    | Answered
+    | PullEnded
+    | PeerAhead
+    | PeerReseated
+    | LaneAsked
+    | LaneTold
 )
 
 # ---- effects ----------------------------------------------------------------------------------------------------------
@@ -127,7 +145,7 @@ class Abandon:
 
 @dataclass(frozen=True, slots=True)
 class Begin:
-    """Be stage `stage` of replica `replica` from now on; everything of an earlier plan is void."""
+    """Be stage `stage` of replica `replica` from now on; everything of an earlier seat is void."""
 
     plan: Plan
     replica: int
@@ -137,6 +155,13 @@ class Begin:
 @dataclass(frozen=True, slots=True)
 class Rest:
     """The plan has no seat for this worker."""
+
+    plan: Plan
+
+
+@dataclass(frozen=True, slots=True)
+class Reroute:
+    """Keep the seat and what is under way in it; push to, and pull from, the shards of this plan."""
 
     plan: Plan
 
@@ -213,4 +238,4 @@ class Leave:
 
 
 Work = Begin | Rest | Ask | Pull | Validate | Run | Leave  # in order, by the thread that computes
-Effect = Work | Abandon | PushAgain | PushAllAgain | AskAbove | Reopen | TellBelow
+Effect = Work | Abandon | Reroute | PushAgain | PushAllAgain | AskAbove | Reopen | TellBelow

@@ -1,8 +1,11 @@
 """Where this stage stands, and what it does next (DESIGN.md, sections 4 and 6).
 
-A worker takes up a plan by beginning again at the version it knows: shards answer `superseded` if that is past, and whatever it
-computes twice is counted once. All stages of a replica do so for the same plan, so their transfers match. The first step under a
-plan may have been open before it, so it goes lane by lane (invariant 2).
+A plan that leaves this worker's replica as it is changes nothing but where it pushes and pulls. Another one gives it another
+seat, or none. Where somebody died, that is taken up at once, by beginning again at the version it knows: shards answer
+`superseded` if that is past, and whatever is computed twice is counted once. The first step in the seat may have been open
+before, so it goes lane by lane (invariant 2). Where nobody died, the new seat waits for the version from which it begins: until
+that is published, all lanes of the step before it are needed in their old places; then none of them is.
+All stages of a replica take up the same seat, and what they send one another names the plan that formed it.
 
 When a part of a block is counted already, its missing lanes run again. All stages must take part, and in one order, or two of
 them would wait for each other: a stage asks upwards, and what the first stage tells downwards is the order.
@@ -15,7 +18,7 @@ from typing import assert_never
 
 from shardlane.cadence import validates_at
 from shardlane.config import Config
-from shardlane.ids import Incarnation, Lane, Version
+from shardlane.ids import Incarnation, Lane, PlanNumber, Version
 from shardlane.lanes import lane, lanes_of, mask_of
 from shardlane.plan import Plan, Replica
 from worker_service.core.events import (
@@ -30,6 +33,7 @@ from worker_service.core.events import (
     LaneTold,
     Leave,
     PeerAhead,
+    PeerReseated,
     PlanAdopted,
     Pull,
     Pulled,
@@ -38,6 +42,7 @@ from worker_service.core.events import (
     PushAllAgain,
     Ran,
     Reopen,
+    Reroute,
     Rest,
     Run,
     RunState,
@@ -64,12 +69,16 @@ class Stepper:
 
     def __init__(self, me: Incarnation, config: Config) -> None:
         self.plan: Plan | None = None
-        self.version = Version(0)
+        self.version = Version(0)  # that it works from, or waits for
         self.phase = Phase.SPARE
         self.attempt = 0
         self._me = me
         self._config = config
         self._stage = 0
+        self._replica: Replica | None = None  # that this worker is at work in
+        self._published = Version(0)  # the newest that is known to be
+        self._awaited: Plan | None = None  # its seat is taken up later
+        self._peers_formed = PlanNumber(0, 0)  # the newest replica that a neighbour was heard from
         self._state: RunState = "training"
         self._lane_by_lane = True
         self._queue: list[Lane] = []  # lanes to run again once the present run is over
@@ -78,9 +87,8 @@ class Stepper:
 
     @property
     def replica(self) -> Replica | None:
-        """The replica that this worker has a seat in."""
-        seat = self.plan.seat(self._me) if self.plan else None
-        return self.plan.replicas[seat[0]] if self.plan and seat else None
+        """The replica that this worker is at work in."""
+        return self._replica
 
     def handle(self, event: Event) -> list[Effect]:
         if self._state in ("finished", "failed"):
@@ -99,9 +107,11 @@ class Stepper:
             case Ran():
                 return self._next_run()
             case Superseded():
-                return self._go_to(max(event.now, self.version)) if event.attempt == self.attempt else []
+                return self._on_superseded(event.now) if event.attempt == self.attempt else []
             case PeerAhead():
                 return self._on_peer_ahead(event.version)
+            case PeerReseated():
+                return self._on_peer_reseated(event.formed)
             case Answered():
                 return self._on_answers(event)
             case PullEnded():
@@ -123,17 +133,47 @@ class Stepper:
         old = self.plan
         if old is not None and plan.number <= old.number:
             return []
+        self.plan, self._awaited = plan, None
         if old is None or old.timeline.id != plan.timeline.id:
-            self.version = plan.timeline.version
-        self.plan = plan
+            self._published = plan.timeline.version
+            return self._take_seat(plan)
+        seat = plan.seat(self._me)
+        replica = plan.replicas[seat[0]] if seat is not None else None
+        if self._replica is None or self.phase is Phase.DONE:
+            return self._take_seat(plan)
+        if replica is not None and replica.formed == self._replica.formed:
+            return [Reroute(plan)]
+        if self._begins_at(plan) <= self._published or (replica is not None and replica.formed <= self._peers_formed):
+            return self._take_seat(plan)
+        self._awaited = plan
+        return [Reroute(plan)]
+
+    def _begins_at(self, plan: Plan) -> Version:
+        """The version from which this worker is what `plan` says."""
+        seat = plan.seat(self._me)
+        return plan.settled_at if seat is None else plan.replicas[seat[0]].begins_at
+
+    def _take_seat(self, plan: Plan, *, is_fresh: bool = False) -> list[Effect]:
+        """`is_fresh`: nobody has begun the step from the version that is published."""
+        self._awaited = None
         seat = plan.seat(self._me)
         if seat is None:
-            self.phase = Phase.SPARE
+            self.phase, self._replica = Phase.SPARE, None
             return [self._abandon(), Rest(plan)]
-        self._stage = seat[1]
-        self._lane_by_lane = True
-        first, pull = self._go_to(self.version)
+        self._replica, self._stage = plan.replicas[seat[0]], seat[1]
+        begins_at = self._replica.begins_at
+        first, pull = self._go_to(max(self._published, begins_at))
+        self._lane_by_lane = self._published > begins_at or (self._published == begins_at and not is_fresh)
         return [first, Begin(plan, *seat), pull]
+
+    def _on_peer_reseated(self, formed: PlanNumber) -> list[Effect]:
+        """A neighbour that heard of the plan sooner has begun: this stage must not stay behind, and does not wait any more."""
+        self._peers_formed = max(formed, self._peers_formed)
+        plan = self._awaited
+        seat = plan.seat(self._me) if plan is not None else None
+        if plan is None or seat is None or plan.replicas[seat[0]].formed > formed:
+            return []
+        return self._take_seat(plan)
 
     def _change_state(self, state: RunState) -> list[Effect]:
         self._state = state
@@ -153,15 +193,20 @@ class Stepper:
         self._asked.clear()
 
     def _go_to(self, version: Version) -> list[Effect]:
-        """Drops what is under way, for `version`."""
-        abandon = self._abandon()
+        """Drops what is under way, for `version`, whose step may be open already."""
+        abandon, self._lane_by_lane = self._abandon(), True
         self.version, self.phase = version, Phase.PULLING
         return [abandon, Pull(self.attempt, version)]
+
+    def _on_superseded(self, now: Version) -> list[Effect]:
+        self._published = max(now, self._published)
+        return self._go_to(max(now, self.version))
 
     def _on_peer_ahead(self, version: Version) -> list[Effect]:
         """A neighbour is at a version that this stage neither has nor waits for: the others have closed its step."""
         if self.phase in (Phase.SPARE, Phase.DONE) or version <= self.version + (self.phase is Phase.WAITING):
             return []
+        self._published = version
         return self._go_to(version)
 
     def _on_pulled(self) -> list[Effect]:
@@ -169,6 +214,9 @@ class Stepper:
             self.version = Version(self.version + 1)
             self._lane_by_lane = False
             self._drop_reruns()
+        self._published = self.version
+        if self._awaited is not None and self._begins_at(self._awaited) <= self.version:
+            return self._take_seat(self._awaited, is_fresh=True)
         indices = self._validation_indices()
         if not indices:
             return self._begin_step()

@@ -66,11 +66,9 @@ def test_gathers_until_everybody_is_here() -> None:
     assert run.state is RunState.TRAINING
 
 
-def test_more_shards_than_wanted_are_no_part_of_the_plan_and_more_workers_are_spares() -> None:
-    run = fresh_run(small_config())
-    join(run, "shard 1", "shard 2", "shard 3", "worker 1", "worker 2")
-    assert deeds(join(run, "worker 3")) == [KeepMember(registration("worker 3"))]  # a spare changes no plan
-    assert not plan_of(run).names(incarnation("shard 3"))
+def test_more_workers_than_seats_are_spares() -> None:
+    run = training()
+    assert deeds(join(run, "worker 3")) == [KeepMember(registration("worker 3"))]  # it changes no plan
 
 
 def test_steps_are_told_by_every_shard_and_counted_once_in_order() -> None:
@@ -147,13 +145,35 @@ def test_survivors_take_the_lanes_and_give_them_back() -> None:
     ]
 
 
-def test_without_a_whole_replica_it_waits_and_says_for_what() -> None:
+def test_with_fewer_workers_than_stages_the_survivors_take_more_layers_until_others_come() -> None:
     run = training()
+    fall_silent(run, "worker 1", 5.0)
+    assert run.state is RunState.TRAINING
+    assert [(each.first, each.end) for each in plan_of(run).stages] == [(0, 2)]
+    assert [each.workers for each in plan_of(run).replicas] == [(incarnation("worker 2"),)]
+    join(run, "worker 3", now=6.0)
+    assert [(each.first, each.end) for each in plan_of(run).stages] == [(0, 1), (1, 2)]
+    assert [each.workers for each in plan_of(run).replicas] == [(incarnation("worker 2"), incarnation("worker 3"))]
+
+
+def test_without_memory_for_more_layers_it_waits_and_says_for_what() -> None:
+    run = fresh_run(small_config())
+    join(run, "shard 1", "shard 2")
+    for name in ("worker 1", "worker 2"):
+        run.on_register(registration(name, memory_bytes=1 << 10), 0.0)
     before = plan_of(run)
     assert fall_silent(run, "worker 1", 5.0) == [ForgetMember(incarnation("worker 1"))]
-    assert (run.state, run.waiting_for, run.plan) == (RunState.GATHERING, "1 more worker (1 of 2 are here)", before)
+    assert (run.state, run.plan) == (RunState.GATHERING, before)
+    assert run.waiting_for == "1 more worker (1 of 2 are here); 1 stages take 0.0 GiB each, and a worker has 0.0 GiB"
     join(run, "worker 3", now=6.0)
     assert run.state is RunState.TRAINING and plan_of(run).number == PlanNumber(1, 2)
+
+
+def test_without_any_worker_it_waits() -> None:
+    run = training()
+    for name in ("worker 1", "worker 2"):
+        fall_silent(run, name, 5.0)
+    assert (run.state, run.waiting_for) == (RunState.GATHERING, "2 more workers (0 of 2 are here)")
 
 
 def test_a_member_suspected_by_mistake_comes_back_to_its_own_place() -> None:
@@ -313,4 +333,4 @@ def test_a_restarted_coordinator_goes_on_with_the_plan_and_its_members() -> None
     assert run.version == 3
     fall_silent(run, "worker 1", 103.0)
     join(run, "worker 3", now=104.0)
-    assert plan_of(run).number == PlanNumber(2, 2)  # greater than all of the older term
+    assert plan_of(run).number == PlanNumber(2, 3)  # greater than all of the older term

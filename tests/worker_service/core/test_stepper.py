@@ -25,6 +25,7 @@ from worker_service.core.events import (
     LaneTold,
     Leave,
     PeerAhead,
+    PeerReseated,
     PlanAdopted,
     Pull,
     Pulled,
@@ -34,6 +35,7 @@ from worker_service.core.events import (
     Ran,
     Refusal,
     Reopen,
+    Reroute,
     Rest,
     Run,
     StateChanged,
@@ -56,14 +58,22 @@ def config(**changes: object) -> Config:
     return build(values).with_changes(changes)
 
 
-def plan(epoch: int = 1, workers: tuple[Incarnation, ...] = (ABOVE, ME, BELOW), timeline: Timeline = ORIGIN) -> Plan:
+def plan(
+    epoch: int = 1,
+    workers: tuple[Incarnation, ...] = (ABOVE, ME, BELOW),
+    timeline: Timeline = ORIGIN,
+    *,
+    formed: int | None = None,
+    begins_at: int = 0,
+) -> Plan:
+    """`formed`: the epoch that formed the replica; None: this one."""
     return Plan(
         PlanNumber(1, epoch),
         RunId("run"),
         timeline,
         (*(Member(each, "worker", f"{each}:1") for each in workers), Member(SHARD, "shard", "s:1")),
         tuple(StageLayers(each, each + 1, 3) for each in range(3)),
-        (Replica(workers, BLOCKS),),
+        (Replica(workers, BLOCKS, PlanNumber(1, epoch) if formed is None else PlanNumber(1, formed), Version(begins_at)),),
         (Placement((SHARD,)),) * 4,
     )
 
@@ -109,6 +119,62 @@ def test_a_new_plan_abandons_the_step_and_begins_it_again_lane_by_lane() -> None
     assert stepper.handle(PlanAdopted(two)) == [Abandon(), Begin(two, 0, 1), Pull(attempt + 1, Version(2))]
     assert stepper.handle(Ran(attempt)) == [], "the end of what was abandoned"
     assert stepper.handle(Pulled(attempt + 1)) == [Ask(Version(3)), Run(attempt + 1, Version(2), (lane(0), lane(1)))]
+
+
+def test_a_plan_that_leaves_the_replica_as_it_is_changes_only_where_its_shards_are() -> None:
+    stepper = at_work(2)
+    two = plan(epoch=2, formed=1)
+    assert stepper.handle(PlanAdopted(two)) == [Reroute(two)]
+    assert (stepper.phase, stepper.version) == (Phase.RUNNING, 2)
+    assert stepper.handle(Ran(stepper.attempt)) == [Pull(stepper.attempt, Version(3))]
+
+
+def test_a_seat_for_a_later_version_waits_for_it_and_runs_whole_blocks_then() -> None:
+    stepper = at_work(2)
+    two = plan(epoch=2, workers=(ME, ABOVE, BELOW), begins_at=4)
+    assert stepper.handle(PlanAdopted(two)) == [Reroute(two)]
+    for version in (2, 3):
+        assert stepper.version == version
+        assert stepper.handle(Ran(stepper.attempt)) == [Pull(stepper.attempt, Version(version + 1))]
+        effects = stepper.handle(Pulled(stepper.attempt))
+    assert effects == [Abandon(), Begin(two, 0, 0), Pull(stepper.attempt, Version(4))]
+    assert stepper.handle(Pulled(stepper.attempt)) == [Ask(Version(5)), Run(stepper.attempt, Version(4), BLOCKS)]
+
+
+def test_who_has_no_seat_any_more_works_until_the_others_have_begun() -> None:
+    stepper = at_work(2)
+    two = plan(epoch=2, workers=(ABOVE, Incarnation("worker-d"), BELOW), begins_at=3)
+    assert stepper.handle(PlanAdopted(two)) == [Reroute(two)]
+    stepper.handle(Ran(stepper.attempt))
+    assert stepper.handle(Pulled(stepper.attempt)) == [Abandon(), Rest(two)]
+    assert stepper.phase is Phase.SPARE
+
+
+def test_a_newcomer_goes_straight_to_the_version_where_its_replica_begins() -> None:
+    stepper = Stepper(ME, config())
+    one = plan(begins_at=5)
+    assert stepper.handle(PlanAdopted(one)) == [Abandon(), Begin(one, 0, 1), Pull(1, Version(5))]
+    assert stepper.handle(Pulled(1)) == [Ask(Version(6)), Run(1, Version(5), BLOCKS)]
+
+
+def test_a_death_before_that_version_calls_everybody_to_the_open_step() -> None:
+    newcomer, seated = Stepper(ME, config()), at_work(2)
+    later, now = plan(epoch=2, workers=(ME, ABOVE, BELOW), begins_at=5), plan(epoch=3, workers=(ME, ABOVE, BELOW))
+    newcomer.handle(PlanAdopted(later))
+    assert newcomer.handle(PlanAdopted(now)) == [Abandon(), Begin(now, 0, 0), Pull(2, Version(0))], "where it is, shards say"
+    assert newcomer.handle(Superseded(2, Version(2))) == [Abandon(), Pull(3, Version(2))]
+    seated.handle(PlanAdopted(later))
+    assert seated.handle(PlanAdopted(now)) == [Abandon(), Begin(now, 0, 0), Pull(seated.attempt, Version(2))]
+    assert seated.handle(Pulled(seated.attempt))[1] == Run(seated.attempt, Version(2), (lane(0), lane(1)))
+
+
+@pytest.mark.parametrize("neighbour_first", [True, False])
+def test_nobody_stays_behind_a_neighbour_that_has_begun(neighbour_first: bool) -> None:
+    """It heard of the plan before a version that this stage had passed when it heard."""
+    stepper, two = at_work(2), plan(epoch=2, workers=(ME, ABOVE, BELOW), begins_at=4)
+    heard = [PlanAdopted(two), PeerReseated(PlanNumber(1, 2))]
+    *_, last = [stepper.handle(event) for event in (reversed(heard) if neighbour_first else heard)]
+    assert last == [Abandon(), Begin(two, 0, 0), Pull(stepper.attempt, Version(4))]
 
 
 def test_an_old_plan_is_ignored() -> None:
