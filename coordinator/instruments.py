@@ -50,7 +50,9 @@ class Instruments:
 def _under_replicated(run: Run) -> float:
     if run.plan is None:
         return 0
-    return sum(len(placement.in_sync) < run.config.cluster.num_copies for placement in run.plan.placements)
+    cluster = run.config.cluster
+    copies = cluster.num_copies(cluster.shards)
+    return sum(len(placement.in_sync) < copies for placement in run.plan.placements)
 
 
 def _count(run: Run, role: Role) -> float:

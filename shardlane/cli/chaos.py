@@ -115,7 +115,7 @@ def shape_of(config: Config) -> Shape:
     from shardlane.chaos.schedule import Shape
 
     cluster = config.cluster
-    return Shape(cluster.stages, cluster.replicas, cluster.shards, cluster.num_copies)
+    return Shape(cluster.stages, cluster.replicas, cluster.shards, cluster.num_copies(cluster.shards))
 
 
 def trouble(config: Config, folder: RunFolder, schedule: Schedule, seconds: float | None) -> Report:
