@@ -122,7 +122,9 @@ def trouble(config: Config, folder: RunFolder, schedule: Schedule, seconds: floa
     """Trains until the faults are over, then compares. Raises `UserError`."""
     from shardlane.chaos.drill import Drill
     from shardlane.chaos.injector import Injector
+    from shardlane.chaos.relay import Relays
     from shardlane.chaos.report import Report
+    from shardlane.chaos.schedule import Kind
     from shardlane.chaos.watch import Watch
     from shardlane.cli.live import choose_view
     from shardlane.cli.local import is_finished, open_data, resolve, run_cluster
@@ -132,12 +134,15 @@ def trouble(config: Config, folder: RunFolder, schedule: Schedule, seconds: floa
             raise UserError(f"{folder.path} is finished; give another --run-dir, or raise train.max_steps")
         names = ["coordinator", *(f"shard-{index}" for index in range(schedule.shape.shards))]
         watch = Watch({name: folder.ready_file(name) for name in names})
-        drill = Drill(schedule, watch, Injector(folder), seconds=seconds)
+        relays = Relays()
+        injector = Injector(folder, relays)
+        drill = Drill(schedule, watch, injector, seconds=seconds)
+        arrange = injector.behind_relays if Kind.HALF_OPEN in schedule.kinds else lambda commands: commands
         began = time.monotonic()
         with choose_view(every_steps=config.log.every_steps, last_step=config.train.last_step) as view:
             config = resolve(config, open_data(config, folder, view.note).path)
-            with watch:
-                status, complaint = run_cluster(config, folder, view, attendant=drill)
+            with watch, relays:
+                status, complaint = run_cluster(config, folder, view, attendant=drill, arrange=arrange)
         print(*complaint, sep="\n", end="\n" if complaint else "", file=sys.stderr, flush=True)
         if status:
             drill.failure = drill.failure or f"the run ended with status {status}"

@@ -12,7 +12,7 @@ import typer
 from shardlane.cli.arguments import ConfigCommand, ConfigFile, ForkRun, RunDir, load_config
 
 if TYPE_CHECKING:
-    from shardlane.cli.cluster import Attendant
+    from shardlane.cli.cluster import Attendant, Commands
     from shardlane.cli.live import View
     from shardlane.cli.run_folder import RunFolder
     from shardlane.config import Config
@@ -77,13 +77,23 @@ def train(config: Config, folder: RunFolder, *, fork: bool, with_sample: bool) -
 
 
 def run_cluster(
-    config: Config, folder: RunFolder, view: View, *, fork: bool = False, attendant: Attendant | None = None
+    config: Config,
+    folder: RunFolder,
+    view: View,
+    *,
+    fork: bool = False,
+    attendant: Attendant | None = None,
+    arrange: Callable[[Commands], Commands] = lambda commands: commands,
 ) -> tuple[int, list[str]]:
-    """The exit status, and lines for stderr once the view is closed. `config` is resolved, the folder locked."""
+    """The exit status, and lines for stderr once the view is closed. `config` is resolved, the folder locked.
+
+    `arrange` may change what the processes are started with.
+    """
     from shardlane.cli.cluster import Cluster, service_commands
 
     proposed = folder.write_config(config, folder.path / "config.proposed.toml")
-    cluster = Cluster(config, folder, view, service_commands(config, folder, proposed, fork=fork), attendant)
+    commands = arrange(service_commands(config, folder, proposed, fork=fork))
+    cluster = Cluster(config, folder, view, commands, attendant)
     try:
         # The coordinator may refuse it; the folder then still says what its checkpoints were made with.
         status = cluster.run(on_accepted=lambda: folder.write_config(config))
