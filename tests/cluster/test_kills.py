@@ -11,7 +11,7 @@ import pytest
 from tests.cluster.processes import shardlane
 from tests.cluster.threads import comparable, rows_of
 
-SHAPE = ["--stages", "3", "--replicas", "2", "--shards", "2"]  # a first, a middle and a last stage
+SHAPE = ["--stages", "3", "--shards", "2", "--replicas"]  # a first, a middle and a last stage
 PLACES = ["coordinator", "shard", "worker, first stage", "worker, last stage", "worker, middle stage"]
 HASTE = ["--worker-mtbf", "1", "--shard-mtbf", "1", "--coordinator-mtbf", "1"]
 RUN_SECONDS_MAX = 3000.0
@@ -36,10 +36,12 @@ def assert_nothing_was_lost(folder: Path, figures: dict[str, Any], *, groups: li
 
 @pytest.mark.timeout(RUN_SECONDS_MAX)
 @pytest.mark.parametrize(
-    ("each", "seed"), [(1, 1), *(pytest.param(10, seed, marks=pytest.mark.slow) for seed in (2, 3, 4))], ids=str
+    ("replicas", "each", "seed"),
+    [(1, 1, 1), *(pytest.param(2, 10, seed, marks=pytest.mark.slow) for seed in (2, 3, 4))],  # the fewest processes start soonest
+    ids=str,
 )
-def test_killed_processes_cost_no_step_and_no_bit(tmp_path: Path, each: int, seed: int) -> None:
-    figures = chaos(tmp_path, *SHAPE, "--faults", str(each), "--seed", str(seed))
+def test_killed_processes_cost_no_step_and_no_bit(tmp_path: Path, replicas: int, each: int, seed: int) -> None:
+    figures = chaos(tmp_path, *SHAPE, str(replicas), "--faults", str(each), "--seed", str(seed))
     assert_nothing_was_lost(tmp_path, figures, groups=[f"{place}, kill" for place in PLACES], each=each)
 
 
@@ -47,7 +49,7 @@ def test_killed_processes_cost_no_step_and_no_bit(tmp_path: Path, each: int, see
 @pytest.mark.timeout(RUN_SECONDS_MAX)
 @pytest.mark.parametrize("kind", ["stop", "half-open"])
 def test_what_hangs_or_is_cut_off_and_comes_back_harms_nothing(tmp_path: Path, kind: str) -> None:
-    figures = chaos(tmp_path, *SHAPE, "--faults", "3", "--kinds", kind)
+    figures = chaos(tmp_path, *SHAPE, "2", "--faults", "3", "--kinds", kind)
     assert_nothing_was_lost(tmp_path, figures, groups=[f"{place}, {kind}" for place in PLACES], each=3)
 
 
