@@ -11,7 +11,7 @@ import json
 import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -48,25 +48,30 @@ class Spread:
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """The least that a ratio must reach. None: that end is free."""
+    """Between what a ratio must lie: its median and quartiles. None: that end is free."""
 
-    median: float
+    median: float | None = None
     low: float | None = None
+    median_max: float | None = None
+    high_max: float | None = None
 
     def misses(self, ratio: Spread) -> list[str]:
-        """What falls short, in words."""
+        """What falls short or goes beyond, in words."""
         found = []
-        if ratio.median < self.median:
-            found.append(f"median {ratio.median:.3f} < {self.median:g}")
-        if self.low is not None and ratio.low < self.low:
-            found.append(f"low {ratio.low:.3f} < {self.low:g}")
+        for name, value, least in (("median", ratio.median, self.median), ("low", ratio.low, self.low)):
+            if least is not None and value < least:
+                found.append(f"{name} {value:.3f} < {least:g}")
+        for name, value, most in (("median", ratio.median, self.median_max), ("high", ratio.high, self.high_max)):
+            if most is not None and value > most:
+                found.append(f"{name} {value:.3f} > {most:g}")
         return found
 
     def as_json(self) -> dict[str, float]:
-        return {"median": self.median} | ({} if self.low is None else {"low": self.low})
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
     def __str__(self) -> str:
-        return f">= {self.median:g}" + ("" if self.low is None else f", low >= {self.low:g}")
+        signs = {"median": ">=", "low": "low >=", "median_max": "<=", "high_max": "high <="}
+        return ", ".join(f"{signs[name]} {value:g}" for name, value in self.as_json().items())
 
 
 def alternate(subjects: Mapping[str, Callable[[], float]], *, rounds: int, warm_up: int = 1) -> dict[str, Samples]:

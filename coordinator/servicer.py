@@ -52,7 +52,7 @@ class CoordinatorServicer:
     ) -> coordinator_pb2.HeartbeatResponse:
         coordinator = self._coordinator
         with _not_found(context):
-            coordinator.heartbeat(translation.heartbeat_from_wire(request))
+            coordinator.heartbeat(translation.heartbeat_from_wire(request, coordinator.config.train.lanes))
         with coordinator.reading():
             return coordinator_pb2.HeartbeatResponse(
                 lease_seconds=coordinator.config.cluster.lease_seconds,

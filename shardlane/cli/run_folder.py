@@ -31,6 +31,10 @@ class RunFolder:
         return self.path / "metrics.jsonl"
 
     @property
+    def ledger_file(self) -> Path:
+        return self.path / "ledger.jsonl"
+
+    @property
     def coordinator_file(self) -> Path:
         """Where its coordinator serves, while it does."""
         return self.path / "coordinator.json"

@@ -101,4 +101,5 @@ def assert_as_undisturbed(run: Run, tmp_path: Path) -> None:
     shardlane("reference", str(TINY), "--run-dir", str(reference), "--data.path", str(run.folder / "data"), *settings)
     assert shardlane("digest", str(reference)).split() == [found, version]
     assert comparable(rows_of(run.folder)) == comparable(rows_of(reference))
+    assert "exactly once" in (proof := shardlane("ledger", str(run.folder))) and "superseded" not in proof
     assert "rolled back" not in (run.folder / "logs" / "coordinator.log").read_text(encoding="utf-8")

@@ -30,6 +30,7 @@ def assert_nothing_was_lost(folder: Path, figures: dict[str, Any], *, groups: li
     assert all(fault["recovery_seconds"] is not None and fault["whole_seconds"] is not None for fault in figures["faults"])
     assert figures["digest"]["equal"], figures["digest"]
     assert comparable(rows_of(folder)) == comparable(rows_of(folder / "reference"))
+    assert "exactly once" in (proof := shardlane("ledger", str(folder))) and "superseded" not in proof
     assert figures["steps_rolled_back"] == 0
     assert "rolled back" not in (folder / "logs" / "coordinator.log").read_text(encoding="utf-8")
 

@@ -45,6 +45,7 @@ from shardlane.errors import StaleError
 from shardlane.ids import ChunkId, Incarnation, Lane, PlanNumber, RunId, SiteIndex, Step, Timeline, Version
 from shardlane.lanes import Block
 from shardlane.plan import Member, Placement, Plan
+from shardlane.tally import Tally
 
 RUN = RunId("sim")
 
@@ -127,7 +128,8 @@ class World:
         return Plan(PlanNumber(1, 1), RUN, Timeline(0, Version(0)), members, (), (), placements)
 
     def decide(self, step: Step, records: Sequence[Record]) -> Decision:
-        return Decision(False, 1.0, sum(record.square_norm for record in records), 0.1, records[0].tokens, 0.0, 0, False, False)
+        norm, tally = sum(record.square_norm for record in records), Tally.over([record.tally for record in records])
+        return Decision(False, 1.0, norm, 0.1, records[0].tokens, 0.0, tally, 0, False, False)
 
     # ---- a walk --------------------------------------------------------------------------------------------------------
 
