@@ -81,10 +81,18 @@ bench: setup
 	.venv/bin/python -m benchmarks.transport
 	.venv/bin/python -m benchmarks.pipeline
 
+# Faults come soon after the cluster is whole again.
+HASTE = --worker-mtbf 1 --shard-mtbf 1 --coordinator-mtbf 1
 evidence: setup
 	$(PYTEST) -m slow --timeout 7200
 	.venv/bin/python -m benchmarks.transport --json docs/evidence/transport.json
 	.venv/bin/python -m benchmarks.pipeline --json docs/evidence/pipeline.json
+	rm -rf runs/evidence # a run in an old folder would go on from there
+	.venv/bin/shardlane chaos --run-dir runs/evidence/kills --stages 3 --faults 30 $(HASTE) --check --json docs/evidence/chaos.json
+	.venv/bin/shardlane chaos --run-dir runs/evidence/hangs --faults 5 --kinds stop,half-open $(HASTE) --check \
+	  --json docs/evidence/chaos-hangs.json
+	.venv/bin/shardlane chaos --run-dir runs/evidence/pairs --faults 10 --pairs worker+shard,shard+coordinator $(HASTE) --check \
+	  --json docs/evidence/chaos-pairs.json
 
 up:
 	docker compose up --detach --wait --build

@@ -8,22 +8,20 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from shardlane.machine import machine
+
 Samples = list[float]
-VERSIONS_OF = ("shardlane", "torch", "grpcio", "protobuf", "numpy")
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,34 +156,6 @@ def _figures(spread: Spread) -> tuple[str, str, str]:
 
 def _of_gpu(where: Mapping[str, Any]) -> str:
     return f", {where['gpu']}" if where.get("gpu") else ""
-
-
-def machine() -> dict[str, Any]:
-    """Processor, cores that this process may use, GPU if torch is loaded and sees one, and versions."""
-    versions = {}
-    for package in VERSIONS_OF:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    found: dict[str, Any] = {
-        "cpu": _cpu_name(),
-        "cores": len(os.sched_getaffinity(0)),
-        "system": platform.platform(),
-        "python": platform.python_version(),
-        "versions": versions,
-    }
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_available():
-        found["gpu"] = torch.cuda.get_device_name(0)
-    return found
-
-
-def _cpu_name() -> str:
-    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.machine()
 
 
 def arguments(name: str, description: str | None, *, rounds: int) -> argparse.ArgumentParser:

@@ -198,8 +198,14 @@ class Coordinator:
 
         self._feed(lambda now: self.run.on_checkpoint_part(report), keep)
 
+    @property
+    def members(self) -> list[Incarnation]:
+        """Everybody whose lease runs."""
+        with self._changed:
+            return [state.registration.incarnation for state in self.run.members.states]
+
     def suspect(self, incarnation: Incarnation) -> None:
-        """A member's stream has broken. If nobody listens at its address any more it is dead; else its lease decides."""
+        """A member has no stream here. If nobody listens at its address any more it is dead; else its lease decides."""
         with self._changed:
             address = None if self._is_closed else self.run.members.address(incarnation)
             is_expected = address is not None and self.run.may_leave(incarnation, self._clock())

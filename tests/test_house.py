@@ -19,7 +19,7 @@ FLOORS = {
     **dict.fromkeys(("", "__version__", "ids", "errors", "config", "partition", "lanes", "samples", "rates", "plan"), PURE),
     **dict.fromkeys(("cadence", "tally", "ledger"), PURE),
     **dict.fromkeys(("pb", "wire", "rpc", "metrics", "member"), WIRE),
-    "cli": TOP,
+    **dict.fromkeys(("cli", "chaos"), TOP),
 }
 # Third-party packages that a floor may not import while it is below another.
 FIRST_FLOOR_OF = {"torch": LIBRARY, "numpy": LIBRARY, "grpc": WIRE, "google": WIRE, "prometheus_client": WIRE}

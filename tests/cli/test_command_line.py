@@ -18,7 +18,7 @@ from shardlane.tally import LaneRun, Tally
 
 TINY = Path(__file__).parents[2] / "configs" / "tiny.toml"
 COMMANDS = [
-    *("local", "reference", "prepare", "status", "pause", "resume", "checkpoint", "stop", "digest", "ledger"),
+    *("local", "chaos", "reference", "prepare", "status", "pause", "resume", "checkpoint", "stop", "digest", "ledger"),
     *("export", "generate"),
 ]
 
@@ -63,6 +63,13 @@ def test_no_arguments_show_help(capsys: pytest.CaptureFixture[str]) -> None:
         (["local", str(TINY), "--run-dir", "{tmp}", "--train.max_step", "3"], "did you mean 'max_steps'"),
         (["local", str(TINY), "--run-dir", "{tmp}", "--stages", "9"], "cluster.stages 9 is more than"),
         (["local", str(TINY), "--run-dir", "{tmp}", "--data.source", "/none"], "'/none' is no file or folder"),
+        (["chaos", "--run-dir", "{tmp}", "--kinds", "kill,flood"], "--kinds 'flood' is none of kill, stop, half-open"),
+        (["chaos", "--run-dir", "{tmp}", "--kinds", ","], "give --kinds"),
+        (["chaos", "--run-dir", "{tmp}", "--pairs", "worker+worker"], "is none of worker+shard"),
+        (["chaos", "--run-dir", "{tmp}", "--shards", "1", "--pairs", "shard+backup"], "needs a backup"),
+        (["chaos", "--run-dir", "{tmp}", "--faults", "0"], "Input should be greater than or equal to 1"),
+        (["chaos", "none.toml", "--run-dir", "{tmp}"], "cannot read the config none.toml"),
+        (["chaos", str(TINY), "--run-dir", "{tmp}", "--replicas", "8"], "8 is more than"),
         (["reference", str(TINY), "--run-dir", "{tmp}", "--train.lanes=3"], "power of two"),
         (["prepare", str(TINY)], "give --run-dir, or --out"),
         (["digest", "{tmp}"], "is no run's folder"),

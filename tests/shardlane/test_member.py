@@ -135,6 +135,21 @@ def test_fetch_run_waits_for_a_coordinator_that_is_not_there_yet_and_gives_up(tm
         assert found == [service.run_id]
 
 
+def test_registration_waits_for_a_coordinator_that_is_just_starting_again(tmp_path: Path) -> None:
+    with coordinator(tmp_path) as service:
+        address = service.address
+    member = Membership(address, role="shard", incarnation=new_incarnation("shard"), address="127.0.0.1:1", numerics_class=CPU)
+    with pytest.raises(UnreachableError):
+        member.register(patience_seconds=0.1)
+    joining = threading.Thread(target=member.register)
+    joining.start()
+    time.sleep(0.3)
+    with coordinator(tmp_path, bind=address) as service:
+        joining.join(20)
+        assert service.coordinator.members == [member.incarnation]
+        member.stop()
+
+
 def test_a_refusal_at_registration_is_one_line(tmp_path: Path) -> None:
     with coordinator(tmp_path) as service:
         member = Membership(
