@@ -38,7 +38,7 @@ def assert_nothing_was_lost(folder: Path, figures: dict[str, Any], *, groups: li
 @pytest.mark.timeout(RUN_SECONDS_MAX)
 @pytest.mark.parametrize(
     ("replicas", "each", "seed"),
-    [(1, 1, 1), *(pytest.param(2, 10, seed, marks=pytest.mark.slow) for seed in (2, 3, 4))],  # the fewest processes start soonest
+    [(1, 3, 1), *(pytest.param(2, 10, seed, marks=pytest.mark.slow) for seed in (2, 3, 4))],  # the fewest processes start soonest
     ids=str,
 )
 def test_killed_processes_cost_no_step_and_no_bit(tmp_path: Path, replicas: int, each: int, seed: int) -> None:
