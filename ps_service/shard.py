@@ -131,6 +131,8 @@ class Shard:
                 return
             self.log.info("plan adopted", epoch=str(plan.number), reason=plan.reason)
             self.publications.fail_waiting()
+            if before is not None and plan.timeline != before.timeline:
+                self._summaries.clear()  # of steps that the coordinator would take for the new timeline's
             self._set_outboxes(plan)
             for chunk in range(len(plan.placements)):
                 if plan.placements[chunk].primary != self.me:
