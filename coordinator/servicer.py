@@ -62,7 +62,7 @@ class CoordinatorServicer:
                 acknowledged_steps=coordinator.acknowledged_steps,
                 requests=coordinator.run.requests,
                 reason=coordinator.run.failure,
-                may_leave=request.leaving and coordinator.run.may_leave(Incarnation(request.incarnation), coordinator.now()),
+                may_leave=coordinator.run.may_leave(Incarnation(request.incarnation), coordinator.now()),
             )
 
     def WatchPlans(

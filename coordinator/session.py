@@ -6,9 +6,9 @@ import secrets
 from dataclasses import dataclass
 from pathlib import Path
 
+from coordinator.core.beginning import Beginning
 from coordinator.core.events import NO_CHECKPOINT, CheckpointMark
 from coordinator.core.membership import split_classes
-from coordinator.core.run import Beginning
 from coordinator.dataset import Dataset
 from coordinator.metrics_file import MetricsFile
 from coordinator.store import Snapshot, Store

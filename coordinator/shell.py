@@ -52,6 +52,7 @@ from shardlane.pb import coordinator_pb2
 from shardlane.plan import Plan
 
 PROBE_SECONDS = 0.5
+PROBES = 5  # of a process that closes connections without a word
 
 Clock = Callable[[], float]
 
@@ -200,7 +201,8 @@ class Coordinator:
         """A member's stream has broken. If nobody listens at its address any more it is dead; else its lease decides."""
         with self._changed:
             address = None if self._is_closed else self.run.members.address(incarnation)
-        if address is not None and is_refused(address):
+            is_expected = address is not None and self.run.may_leave(incarnation, self._clock())
+        if address is not None and (is_expected or is_refused(address)):
             with suppress(NotReadyError):
                 self._feed(lambda now: (None, self.run.on_death(incarnation, f"nobody listens at {address}", now)))
 
@@ -317,14 +319,22 @@ class Coordinator:
 
 
 def is_refused(address: str) -> bool:
-    """Whether the machine at `address` is there and says that nobody listens. Anything else proves nothing."""
+    """Whether the machine at `address` is there and says that nobody listens. Anything else proves nothing.
+
+    A process that is being killed may still accept connections for a moment, but does not greet (a gRPC server does) any more.
+    """
     host, _, port = address.rpartition(":")
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=PROBE_SECONDS).close()
-    except ConnectionRefusedError:
-        return True
-    except (OSError, ValueError):
-        return False
+    for _ in range(PROBES):
+        try:
+            with socket.create_connection((host.strip("[]"), int(port)), timeout=PROBE_SECONDS) as connection:
+                if connection.recv(1):
+                    return False
+        except ConnectionRefusedError:
+            return True
+        except ConnectionResetError:
+            continue
+        except (OSError, ValueError):
+            return False
     return False
 
 

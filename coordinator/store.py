@@ -13,8 +13,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
+from coordinator.core.beginning import Saved
 from coordinator.core.events import Registration
-from coordinator.core.run import Saved
 from shardlane.errors import UserError
 from shardlane.ids import Incarnation, Version
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from coordinator.core.events import (
     CheckpointReport,
     Control,
@@ -48,6 +50,8 @@ def heartbeat_from_wire(request: coordinator_pb2.HeartbeatRequest) -> Heartbeat:
         steps=tuple(map(_summary_from_wire, request.steps)),
         activity=request.activity,
         caught_up={ChunkId(each.chunk): Incarnation(each.learner) for each in request.caught_up},
+        lane_seconds=request.lane_seconds if math.isfinite(request.lane_seconds) else 0.0,
+        diverged=frozenset(map(ChunkId, request.diverged)),
         is_leaving=request.leaving,
     )
 

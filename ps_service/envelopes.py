@@ -77,6 +77,7 @@ def _set_body(header: ps_pb2.DeliverRequest, message: Message) -> None:
         case Replicate():
             header.replicate.record.CopyFrom(record_to_wire(message.record))
             header.replicate.previous.extend(record_to_wire(record) for record in message.previous)
+            header.replicate.parameters_digest = message.parameters_digest
         case Ack():
             header.ack.CopyFrom(ps_pb2.Ack(step=message.step, chunk=message.chunk))
         case Records():
@@ -101,7 +102,8 @@ def from_wire(request: ps_pb2.DeliverRequest, num_chunks: int) -> Envelope:
     match request.WhichOneof("body"):
         case "replicate":
             body = request.replicate
-            message = Replicate(record_from_wire(body.record, num_chunks), records(body.previous))
+            compared = body.parameters_digest
+            message = Replicate(record_from_wire(body.record, num_chunks), records(body.previous), bool(compared), compared)
         case "ack":
             message = Ack(Step(request.ack.step), chunk_id(request.ack.chunk, num_chunks))
         case "records":

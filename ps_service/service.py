@@ -109,11 +109,11 @@ class ShardService:
     # ---- membership ----------------------------------------------------------------------------------------------------
 
     def _beat(self) -> Beat:
-        number, caught_up = self.shard.caught_up()
+        number, caught_up, diverged = self.shard.copies()
         version = self.shard.publications.oldest()
         activity = "waiting for a plan" if number is None else f"version {version}"
         steps = self.shard.unacknowledged(SUMMARIES_A_BEAT)
-        return Beat(number, Version(max(version, 0)), steps, activity, caught_up)
+        return Beat(number, Version(max(version, 0)), steps, activity, caught_up, diverged=diverged)
 
     def _on_reply(self, reply: coordinator_pb2.HeartbeatResponse) -> None:
         self.shard.acknowledge(reply.acknowledged_steps)

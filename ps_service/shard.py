@@ -22,6 +22,7 @@ from ps_service.core.messages import (  # fmt: skip
     AskInSync,
     Checkpoint,
     Close,
+    Compare,
     Contribution,
     Decision,
     DropSums,
@@ -165,11 +166,11 @@ class Shard:
         for outbox in self._outboxes.values():
             outbox.close()
 
-    def caught_up(self) -> tuple[PlanNumber | None, list[tuple[ChunkId, Incarnation]]]:
-        """The plan here, and the learners that have caught up in it."""
+    def copies(self) -> tuple[PlanNumber | None, list[tuple[ChunkId, Incarnation]], list[ChunkId]]:
+        """The plan here, the learners that have caught up in it, and the chunks whose copies here were found wrong."""
         with self._lock:
             plan = self._core.plan
-            return (None, []) if plan is None else (plan.number, self._core.caught_up())
+            return (None, [], []) if plan is None else (plan.number, self._core.caught_up(), sorted(self._core.diverged))
 
     # ---- what the coordinator is told ----------------------------------------------------------------------------------
 
@@ -226,6 +227,9 @@ class Shard:
                     todo.extend(self._core.on_measured(effect.chunk, square_norm=square_norm, digest=digest))
                 case KeepSum():
                     self.store.keep_sum(effect.chunk, values[0])
+                case Compare(chunk, sender, digest):
+                    is_equal = self.store.parameters_digest(chunk) == digest
+                    todo.extend(self._core.on_compared(chunk, sender, is_equal=is_equal))
                 case KeepState():
                     assert isinstance(message, Refill)
                     self._keep_state(effect, values, message.num_steps)
@@ -254,6 +258,7 @@ class Shard:
                 case Alarm():
                     self.instruments.alarms.inc()
                     self.log.error(effect.text)
+                    self._on_milestone()
 
     def _begin_applying(self, first: Apply, following: Iterable[Effect]) -> dict[Apply, Future[None]]:
         """`first`, and the updates right behind it: they have nothing to do with one another, and each takes one thread."""
@@ -291,9 +296,11 @@ class Shard:
         if outbox is None:
             return
         match effect.envelope.message:
-            case Replicate(record=record):
+            case Replicate(record=record) as message:
                 total = self.store.pin_sum(record.chunk)
-                outbox.put(Parcel(effect.envelope, [total], unpin=lambda: self.store.unpin_sum(record.chunk, total)))
+                digest = self.store.parameters_digest(record.chunk) if message.is_compared else 0
+                envelope = replace(effect.envelope, message=replace(message, parameters_digest=digest))
+                outbox.put(Parcel(envelope, [total], unpin=lambda: self.store.unpin_sum(record.chunk, total)))
             case Refill() as message:
                 outbox.put(self._pack_refill(effect.envelope, message))
             case _:

@@ -100,6 +100,10 @@ class TensorStore:
             self._drop_sum(stored)
             stored.sum = copy
 
+    def parameters_digest(self, chunk: ChunkId) -> int:
+        """xxh3_64 of the chunk's parameters; never 0, which stands for none."""
+        return fast_digest(self.chunks[chunk].optimizer.parameter) or 1
+
     # ---- sums ----------------------------------------------------------------------------------------------------------
 
     def keep(self, chunk: ChunkId, site: SiteIndex, block: Block, values: Tensor) -> None:

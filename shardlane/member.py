@@ -55,6 +55,8 @@ class Beat:
     steps: Sequence[coordinator_pb2.StepSummary] = ()
     activity: str = ""
     caught_up: Sequence[tuple[ChunkId, Incarnation]] = ()  # learners that a primary waits for
+    lane_seconds: float = 0.0  # what a worker computes for one lane of a step, of late; 0: not known
+    diverged: Sequence[ChunkId] = ()  # chunks of which a shard has dropped its copy, since it differed from the primary's
 
 
 def new_incarnation(role: Role) -> Incarnation:
@@ -242,6 +244,8 @@ class Membership:
             steps=beat.steps,
             activity=beat.activity[:64],
             caught_up=[coordinator_pb2.CaughtUp(chunk=chunk, learner=learner) for chunk, learner in beat.caught_up],
+            diverged=beat.diverged,
+            lane_seconds=beat.lane_seconds,
             leaving=self._is_leaving,
         )
         try:

@@ -38,6 +38,7 @@ class Replica:
     blocks: tuple[Block, ...]
     formed: PlanNumber
     begins_at: Version
+    is_shadow: bool = False  # its lanes are another replica's too, which lags; whoever is first counts
 
 
 @dataclass(frozen=True, slots=True)

@@ -226,6 +226,7 @@ def plan_to_wire(plan: Plan) -> coordinator_pb2.Plan:
                 blocks=[block_to_wire(block) for block in each.blocks],
                 formed=number_to_wire(each.formed),
                 begins_at=each.begins_at,
+                shadow=each.is_shadow,
             )
             for each in plan.replicas
         ],
@@ -260,6 +261,7 @@ def plan_from_wire(message: coordinator_pb2.Plan) -> Plan:
                     tuple(Block(Lane(b.first), b.size) for b in each.blocks),
                     number_from_wire(each.formed),
                     Version(each.begins_at),
+                    each.shadow,
                 )
                 for each in message.replicas
             ),

@@ -22,6 +22,7 @@ class WorkerInstruments:
         self.step_seconds = metrics.histogram("shardlane_worker_step_seconds", "From one version to the next.")
         phases = metrics.counter("shardlane_worker_phase_seconds_total", "Where the time of steps goes.", ("phase",))
         self._phases = {phase: phases.labels(phase) for phase in PHASES}
+        self.computed_seconds = 0.0  # in all
         self._waited_seconds = 0.0  # by whichever thread computes: on CUDA, autograd's while the one that began it waits
         self.pushed_bytes = metrics.counter("shardlane_worker_pushed_bytes_total", "Gradient bytes sent to shards.")
         self.pulled_bytes = metrics.counter("shardlane_worker_pulled_bytes_total", "Parameter bytes received from shards.")
@@ -53,4 +54,6 @@ class WorkerInstruments:
             yield
         finally:
             waited = self._waited_seconds - waited
-            self._phases["compute"].inc(max(0.0, time.perf_counter() - began - waited))
+            computed = max(0.0, time.perf_counter() - began - waited)
+            self._phases["compute"].inc(computed)
+            self.computed_seconds += computed

@@ -27,6 +27,7 @@ from worker_service.core.stepper import Stepper
 from worker_service.inbox import Direction, Inbox
 from worker_service.instruments import WorkerInstruments
 from worker_service.links import SERVICE
+from worker_service.pace import Pace
 from worker_service.pulls import Superseded
 from worker_service.seat import Seat, Surroundings, memory_of, pick_device
 from worker_service.servicer import WorkerServicer
@@ -106,6 +107,7 @@ class WorkerService:
         self._ended = threading.Event()
         self._failure: BaseException | None = None
         self._began_seconds = 0.0
+        self._pace = Pace()
         self._thread = threading.Thread(target=self._main, name="compute", daemon=True)
         self.instruments.watch(lambda: self.inbox.num_bytes, lambda: self._seat.push_queue_bytes if self._seat else 0)
         self._around = self._surroundings()
@@ -223,7 +225,8 @@ class WorkerService:
 
     def _beat(self) -> Beat:
         plan, version = self.stepper.plan, self.stepper.version
-        return Beat(plan.number if plan else None, version, activity=f"{self.stepper.phase} at version {version}")
+        activity = f"{self.stepper.phase} at version {version}"
+        return Beat(plan.number if plan else None, version, activity=activity, lane_seconds=self._pace.lane_seconds)
 
     def _epoch(self) -> str | None:
         return str(self.stepper.plan.number) if self.stepper.plan else None
@@ -263,7 +266,9 @@ class WorkerService:
                 seat.validate(work.version, work.indices, attempt)
                 self._post(events.Validated(work.attempt))
             case events.Run():
+                began = self.instruments.computed_seconds
                 loss = seat.run(work.version, work.blocks, attempt)
+                self._pace.add(self.instruments.computed_seconds - began, sum(block.size for block in work.blocks))
                 if loss is not None and not work.again:
                     self.instruments.loss.set(loss)
                 self._post(events.Ran(work.attempt))
@@ -283,6 +288,7 @@ class WorkerService:
     def _sit(self, work: events.Begin | events.Rest | events.Leave) -> None:
         old, self._seat = self._seat, None
         self._began_seconds = 0.0
+        self._pace = Pace()
         if old is not None:
             old.close()
         match work:

@@ -64,6 +64,8 @@ class Heartbeat:
     steps: tuple[StepSummary, ...] = ()
     activity: str = ""
     caught_up: Mapping[ChunkId, Incarnation] = field(default_factory=dict)  # learners that this primary waits for, in `plan`
+    lane_seconds: float = 0.0  # what a worker computes for one lane of a step, of late; 0: not known
+    diverged: frozenset[ChunkId] = frozenset()  # chunks of which it has dropped its copy, in `plan`
     is_leaving: bool = False  # it wants to go as soon as it is not needed
 
 

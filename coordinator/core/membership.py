@@ -30,6 +30,7 @@ class MemberState:
     heard_seconds: float
     interval_seconds: float = 0.0  # the longest between two heartbeats of late; 0: none came yet
     is_leaving: bool = False
+    lane_seconds: float = 0.0  # a worker's, as it told last; 0: not known
     plan: PlanNumber = _NO_PLAN
     version: int = 0
     activity: str = ""
@@ -138,6 +139,7 @@ class Members:
         self._renew(state, now)
         state.plan, state.version, state.activity = beat.plan, beat.version, beat.activity[:64]
         state.is_leaving = state.is_leaving or beat.is_leaving
+        state.lane_seconds = max(0.0, beat.lane_seconds) or state.lane_seconds
         return state
 
     def _renew(self, state: MemberState, now: float) -> None:

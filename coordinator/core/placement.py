@@ -9,9 +9,9 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from itertools import pairwise
 
-from shardlane.ids import ChunkId, Incarnation, Lane, PlanNumber, Version
+from shardlane.ids import ChunkId, Incarnation, Lane
 from shardlane.lanes import Block
-from shardlane.plan import Placement, Replica
+from shardlane.plan import Placement
 
 Row = tuple[Incarnation, ...]  # the workers of a replica, one a stage
 
@@ -39,6 +39,15 @@ def seat_workers(alive: Sequence[Incarnation], *, stages: int, replicas: int, pr
                     row[stage] = fits[0]
                     free.remove(fits[0])
     return [tuple(worker for worker in row if worker is not None) for row in kept]
+
+
+def share_by_speed(num_lanes: int, lane_seconds: Sequence[float]) -> list[int]:
+    """Lanes for each replica, given its seconds a lane: the slowest is done as soon as can be, and may get none."""
+    counts = [0] * len(lane_seconds)
+    for _ in range(num_lanes):  # for equal pieces of work greed is optimal
+        quickest = min(range(len(counts)), key=lambda each: (counts[each] + 1) * lane_seconds[each])
+        counts[quickest] += 1
+    return counts
 
 
 def share_lanes(num_lanes: int, num_replicas: int) -> list[tuple[Block, ...]]:
@@ -86,17 +95,6 @@ def cover(first: int, end: int) -> tuple[Block, ...]:
     return tuple(blocks)
 
 
-def form_replicas(
-    rows: Sequence[Row], num_lanes: int, *, number: PlanNumber, begins_at: Version, previous: Sequence[Replica] = ()
-) -> tuple[Replica, ...]:
-    """Those of `previous` that stay as they are keep the plan that formed them and where they begin."""
-    before = {(each.workers, each.blocks): each for each in previous}
-    return tuple(
-        before.get((row, blocks), Replica(row, blocks, number, begins_at))
-        for row, blocks in zip(rows, share_lanes(num_lanes, len(rows)), strict=True)
-    )
-
-
 def place_chunks(
     sizes: Sequence[int],
     shards: Sequence[Incarnation],
@@ -117,12 +115,19 @@ def place_chunks(
     return tuple(Placement(holders) for holders in zip(*ranks, strict=True))
 
 
-def surviving(previous: Sequence[Placement], alive: Sequence[Incarnation]) -> tuple[Placement, ...] | None:
-    """The placements without the dead: the next in-sync copy is primary (rule 13). None if a chunk has no copy left."""
-    here = set(alive)
+def surviving(
+    previous: Sequence[Placement],
+    alive: Sequence[Incarnation],
+    dropped: Mapping[Incarnation, frozenset[ChunkId]] | None = None,
+) -> tuple[Placement, ...] | None:
+    """The placements without the dead: the next in-sync copy is primary (rule 13). None if a chunk has no copy left.
+
+    `dropped`: copies that a shard which lives does not hold any more.
+    """
+    here, dropped = set(alive), dropped or {}
     placements = []
-    for placement in previous:
-        in_sync = tuple(shard for shard in placement.in_sync if shard in here)
+    for chunk, placement in enumerate(previous):
+        in_sync = tuple(shard for shard in placement.in_sync if shard in here and chunk not in dropped.get(shard, ()))
         if not in_sync:
             return None
         placements.append(Placement(in_sync, placement.learner if placement.learner in here else None))

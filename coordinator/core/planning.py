@@ -3,27 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from functools import cached_property
 from typing import NamedTuple
 
 from coordinator.core.events import CheckpointMark
 from coordinator.core.placement import (
-    form_replicas,
     listed,
     place_chunks,
-    seat_workers,
     surviving,
     trimmed,
     with_even_primaries,
     with_fair_shares,
     with_learners,
 )
+from coordinator.core.seating import Seating, seat
 from shardlane.config import Config
 from shardlane.ids import ChunkId, Incarnation, PlanNumber, RunId, Timeline, Version
-from shardlane.partition import Layout, StageLayers, layer_costs, split_layers, stage_bytes
-from shardlane.plan import Member, Placement, Plan, Replica
+from shardlane.partition import Layout, layer_costs, split_layers, stage_bytes
+from shardlane.plan import Member, Placement, Plan
 
 _GIB = 1 << 30
 
@@ -45,7 +44,8 @@ class Present:
     """Who is there, each in order of registration.
 
     `caught_up`: learners of the present plan that hold all that their primaries do. `memory_bytes`: what a worker's stage may
-    take, where that is known.
+    take, where that is known. `diverged`: copies that shards have dropped under the present plan.
+    `lane_seconds`: what a worker computes for a lane, of late; 0 or nothing where it is not known.
     """
 
     shards: tuple[Member, ...]
@@ -53,6 +53,8 @@ class Present:
     leaving: frozenset[Incarnation] = frozenset()
     caught_up: Mapping[ChunkId, Incarnation] = field(default_factory=dict)
     memory_bytes: Mapping[Incarnation, int] = field(default_factory=dict)
+    diverged: Mapping[Incarnation, frozenset[ChunkId]] = field(default_factory=dict)
+    lane_seconds: Mapping[Incarnation, float] = field(default_factory=dict)
 
     @property
     def staying_shards(self) -> list[Incarnation]:
@@ -72,13 +74,6 @@ class Present:
 def _staying(members: Sequence[Member], leaving: frozenset[Incarnation]) -> list[Incarnation]:
     names = [member.incarnation for member in members]
     return [name for name in names if name not in leaving] or names
-
-
-class Seating(NamedTuple):
-    """Who computes."""
-
-    stages: tuple[StageLayers, ...]
-    replicas: tuple[Replica, ...]
 
 
 @dataclass(frozen=True)
@@ -104,7 +99,7 @@ class Planner:
             missing = _missing("shard", cluster.shards, len(shards))
             missing += _missing("worker", cluster.stages * cluster.replicas, len(workers))
             return Verdict(Decision.WAIT, " and ".join(missing)) if missing else Verdict(Decision.BEGIN, "everybody is here")
-        is_lost = is_suspended or surviving(plan.placements, [member.incarnation for member in present.shards]) is None
+        is_lost = is_suspended or self._surviving(plan, present) is None
         missing = _missing("shard", cluster.shards, len(shards)) if is_lost else []
         missing += self._missing_workers(workers, present.memory_bytes)
         if missing:
@@ -120,7 +115,8 @@ class Planner:
 
     def _reason(self, plan: Plan, present: Present, seating: Seating, placements: tuple[Placement, ...], version: Version) -> str:
         """Why the plan does not serve any more; empty: it does."""
-        is_same_seating = _chains(seating.replicas) == _chains(plan.replicas) and seating.stages == plan.stages
+        planned = Seating(plan.stages, plan.replicas)
+        is_same_seating = seating.chains == planned.chains and seating.stages == planned.stages
         is_awaited = plan.settled_at > version  # some still work as they did before the plan, and must not be missing
         if is_same_seating and placements == plan.placements and not (is_awaited and _has_lost_worker(plan, present)):
             return ""
@@ -131,12 +127,16 @@ class Planner:
             return f"{', '.join(going)} leaves"
         if len(seating.stages) != len(plan.stages):
             return f"there are workers for {len(seating.stages)} stages"
-        if len(seating.replicas) != len(plan.replicas):
+        if {each.workers for each in seating.replicas} - {each.workers for each in plan.replicas}:
             return f"there are workers for {len(seating.replicas)} replicas"
+        if present.diverged:
+            return f"copies of {', '.join(present.diverged)} are wrong"
         learning = sum(each.learner is not None for each in placements)
         if learning:
             return f"{learning} chunks get another copy"
-        return f"{len(present.caught_up)} new copies are complete" if present.caught_up else "somebody is gone"
+        if present.caught_up:
+            return f"{len(present.caught_up)} new copies are complete"
+        return "lanes move to faster workers" if seating.chains != planned.chains else "a spare is gone before others have begun"
 
     def _missing_workers(self, workers: Sequence[Incarnation], memory_bytes: Mapping[Incarnation, int]) -> list[str]:
         """What keeps `workers` from forming one replica: with fewer of them than stages, each takes more layers."""
@@ -175,7 +175,7 @@ class Planner:
         seating = self.seat(present, previous, number=number, begins_at=begins_at)
         if begins_at == 0 and previous is not None:  # nobody may wait for a version that those who are gone do not bring
             replicas = (
-                Replica(each.workers, each.blocks, number, begins_at) if is_new or each.begins_at > version else each
+                replace(each, formed=number, begins_at=begins_at) if is_new or each.begins_at > version else each
                 for each in seating.replicas
             )
             seating = Seating(seating.stages, tuple(replicas))
@@ -199,20 +199,25 @@ class Planner:
         num_stages = min(cluster.stages, len(workers))
         stages = tuple(split_layers(layer_costs(config.model, config.train.seq_len), num_stages))
         before = () if previous is None or previous.stages != stages else previous.replicas
-        rows = seat_workers(
-            workers, stages=num_stages, replicas=cluster.replicas, previous=[replica.workers for replica in before]
+        return seat(
+            workers,
+            present.lane_seconds,
+            stages=stages,
+            num_replicas=cluster.replicas,
+            num_lanes=config.train.lanes,
+            previous=before,
+            number=number,
+            begins_at=begins_at,
         )
-        replicas = form_replicas(rows, config.train.lanes, number=number, begins_at=begins_at, previous=before)
-        return Seating(stages, replicas)
 
     def place(self, present: Present, previous: Plan) -> tuple[Placement, ...]:
         """Copies that are left, those that have caught up, and learners: for what is missing, else for fair shares.
 
         Learners are listed all at once, when the last of them has caught up or something else asks for a plan.
         """
-        staying, alive = present.staying_shards, [member.incarnation for member in present.shards]
+        staying = present.staying_shards
         copies = self.config.cluster.num_copies(len(staying))
-        kept = surviving(previous.placements, alive)
+        kept = self._surviving(previous, present)
         if kept is None:
             raise ValueError("a chunk has no copy left in this timeline; a roll-back needs another one")
         learning = [ChunkId(chunk) for chunk, each in enumerate(kept) if each.learner is not None]
@@ -228,6 +233,9 @@ class Planner:
             return filled
         return with_fair_shares(filled, self._sizes, staying)
 
+    def _surviving(self, plan: Plan, present: Present) -> tuple[Placement, ...] | None:
+        return surviving(plan.placements, [member.incarnation for member in present.shards], present.diverged)
+
     def _place_anew(self, present: Present, previous: Plan | None) -> tuple[Placement, ...]:
         staying = present.staying_shards
         before = () if previous is None else previous.placements
@@ -236,10 +244,6 @@ class Planner:
 
     def next_timeline(self, present: Timeline | None, checkpoint: CheckpointMark) -> Timeline:
         return Timeline(0 if present is None else present.id + 1, checkpoint.version, checkpoint.digest)
-
-
-def _chains(replicas: Sequence[Replica]) -> list[tuple[object, object]]:
-    return [(each.workers, each.blocks) for each in replicas]
 
 
 def _has_lost_worker(plan: Plan | None, present: Present) -> bool:

@@ -5,12 +5,9 @@ The shell feeds one event at a time, with `now` in seconds of any steady clock, 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-
+from coordinator.core.beginning import Beginning, Saved
 from coordinator.core.departures import Departures, all_leave
 from coordinator.core.events import (
-    NO_CHECKPOINT,
     Announce,
     CheckpointFailed,
     CheckpointMark,
@@ -35,38 +32,12 @@ from coordinator.core.planning import Decision, Planner, Present
 from coordinator.core.progress import Checkpoints, Steps, Validations
 from shardlane.cadence import validates_at
 from shardlane.config import Config
-from shardlane.ids import ChunkId, Incarnation, PlanNumber, RunId, Timeline, Version
+from shardlane.ids import ChunkId, Incarnation, PlanNumber, Version
 from shardlane.partition import Layout
-from shardlane.plan import REQUEST_CHECKPOINT, REQUEST_STOP, Plan, Role
+from shardlane.plan import REQUEST_CHECKPOINT, REQUEST_STOP
 
+LOOK_SECONDS = 2.0  # between looks at how fast workers are
 ADOPTION_SECONDS = 1.0  # that members have to hear of a plan which takes effect at a later version
-
-
-@dataclass(frozen=True, slots=True)
-class Saved:
-    """What a restarted coordinator must know besides plan, members and reports."""
-
-    paused: bool = False
-    requests: int = 0  # REQUEST_* bits that were asked for and have not taken effect
-    end_version: Version | None = None  # where a stop took effect
-    finished: bool = False
-    suspending: bool = False  # that stop is one of shards that all leave: the run goes on when others come
-
-
-@dataclass(frozen=True)
-class Beginning:
-    """Where a coordinator takes up a run: fresh, resumed from a checkpoint, or in the middle after a restart."""
-
-    run_id: RunId
-    term: int
-    timeline: Timeline  # the plan's, or that of the first plan
-    plan: Plan | None = None
-    version: Version = NO_CHECKPOINT.version  # summaries of all steps below it are kept
-    checkpoint: CheckpointMark = NO_CHECKPOINT
-    validations: Mapping[Version, float] = field(default_factory=dict)
-    registrations: tuple[Registration, ...] = ()
-    classes: Mapping[Role, str] = field(default_factory=dict)
-    saved: Saved = Saved()
 
 
 class Run:
@@ -100,7 +71,9 @@ class Run:
         self._end_version = beginning.saved.end_version
         self._departures = Departures(beginning.saved.suspending)
         self._finished = False
+        self._looked_seconds = now
         self._caught_up: dict[ChunkId, Incarnation] = {}  # learners of the present plan
+        self._diverged: dict[Incarnation, frozenset[ChunkId]] = {}  # copies dropped under it
         self._told: set[Incarnation] = set()  # members that know that the run has ended
 
     # ---- what a shell may ask ------------------------------------------------------------------------------------------
@@ -148,6 +121,8 @@ class Run:
 
     def may_leave(self, incarnation: Incarnation, now: float) -> bool:
         """Whether a member that is leaving is not needed any more."""
+        if incarnation not in self.members.leaving:
+            return False
         if self.has_ended or self.plan is None or self.is_suspended:
             return True
         return self.members.plan(incarnation) == self.plan.number and self._departures.may_leave(
@@ -197,10 +172,10 @@ class Run:
                 effects.append(row)
                 self._take_effect(row.summary.requests, Version(row.summary.step + 1))
         effects += self._settle()
-        has_copies = self.plan is not None and beat.plan == self.plan.number and self._note_copies(beat)
+        has_news = self.plan is not None and beat.plan == self.plan.number and self._note_copies(beat)
         if member.is_leaving and not was_leaving:
             effects += [Note(f"{beat.incarnation} is leaving"), *self._note_leaving(now)]
-        if has_copies or member.is_leaving != was_leaving:
+        if has_news or member.is_leaving != was_leaving:
             effects += self._reconsider(now)
         if self.has_ended:
             self._told.add(beat.incarnation)
@@ -284,7 +259,8 @@ class Run:
         for incarnation, seconds in self.members.expire(now):
             said = f"{incarnation} was silent for {seconds:.1f} s"
             effects += [ForgetMember(incarnation), Note(said, is_warning=not self.has_ended)]
-        return effects + (self._reconsider(now) if effects or self.is_suspended else [])
+        is_due = now - self._looked_seconds > LOOK_SECONDS and self.state is RunState.TRAINING
+        return effects + (self._reconsider(now) if effects or is_due or self.is_suspended else [])
 
     # ---- decisions -----------------------------------------------------------------------------------------------------
 
@@ -301,7 +277,7 @@ class Run:
             self._end_version = version
 
     def _note_copies(self, beat: Heartbeat) -> bool:
-        """12. Whether a primary has told of learners that it was not known to wait for."""
+        """12. Whether a shard has told of learners that it was not known to wait for, or of copies that it has dropped."""
         assert self.plan is not None
         news = {
             chunk: learner
@@ -312,7 +288,8 @@ class Run:
             and chunk not in self._caught_up
         }
         self._caught_up |= news
-        return bool(news)
+        self._diverged |= {beat.incarnation: beat.diverged} if beat.diverged else {}
+        return bool(news or beat.diverged)
 
     def _ask_to_stop(self) -> None:
         """It takes effect with a step, so there must be one."""
@@ -343,6 +320,7 @@ class Run:
         """Makes another plan where the present one does not serve."""
         if self.has_ended:
             return []
+        self._looked_seconds = now
         present, is_gentle = self._present(), self.state is RunState.TRAINING
         is_suspended = self.is_suspended and not all_leave(present.shards, present.leaving)
         decision, reason = self._planner.judge(self.plan, present, version=self.version, is_suspended=is_suspended)
@@ -369,7 +347,7 @@ class Run:
             begins_at=self.steps.forecast(now, ADOPTION_SECONDS) if is_gentle else Version(0),
             version=self.version,
         )
-        self._caught_up = {}
+        self._caught_up, self._diverged = {}, {}
         return [*effects, Announce(self.plan), Note(f"plan {number}: {reason}")]
 
     def _present(self) -> Present:
@@ -379,6 +357,8 @@ class Run:
             self.members.leaving,
             self._caught_up,
             {each.registration.incarnation: each.registration.memory_bytes for each in self.members.states},
+            dict(self._diverged),
+            {each.registration.incarnation: each.lane_seconds for each in self.members.states},
         )
 
     def _rewind(self) -> list[Effect]:

@@ -31,6 +31,8 @@ class Replicate:
 
     record: Record
     previous: tuple[Record, ...] = ()
+    is_compared: bool = False  # the sender's parameters before this step are to be compared with the receiver's
+    parameters_digest: int = 0  # xxh3_64 of them; only shells know it
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,6 +150,15 @@ class KeepSum:
 
 
 @dataclass(frozen=True, slots=True)
+class Compare:
+    """Tell the core by `on_compared` whether the chunk's parameters have this digest."""
+
+    chunk: ChunkId
+    sender: Incarnation
+    digest: int
+
+
+@dataclass(frozen=True, slots=True)
 class KeepState:
     """Take over the state that came with a Refill."""
 
@@ -238,8 +249,8 @@ class Alarm:
 
 
 Effect = (
-    Keep | Join | Close | KeepSum | KeepState | Apply | Publish | DropSums | Forget | Load | Send | Announce | Checkpoint
-    | AskInSync | Alarm
+    Keep | Join | Close | KeepSum | Compare | KeepState | Apply | Publish | DropSums | Forget | Load | Send | Announce
+    | Checkpoint | AskInSync | Alarm
 )  # fmt: skip
 
 

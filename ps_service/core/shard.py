@@ -5,26 +5,24 @@ effects in order before the next one. Everything that was sent may be lost, doub
 the present state still asks for.
 """
 
+# isort: skip_file
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 from ps_service.core.barrier import Barrier
 from ps_service.core.holdings import Filling, HeldChunk
 
-# isort: off
-# fmt: off
 from ps_service.core.messages import (
-    Ack, Alarm, Announce, Answer, Apply, AskInSync, Checkpoint, Close, Contribution, Decision, DropSums, Effect, Envelope,
-    Forget, KeepState, KeepSum, Load, Message, Outcome, Position, Publish, Record, Records, Refill, Replicate, Send,
-)
-# fmt: on
-# isort: on
+    Ack, Alarm, Announce, Answer, Apply, AskInSync, Checkpoint, Close, Compare, Contribution, Decision, DropSums, Effect,
+    Envelope, Forget, KeepState, KeepSum, Load, Message, Outcome, Position, Publish, Record, Records, Refill, Replicate, Send,
+)  # fmt: skip
+from ps_service.core.record_book import Decide, RecordBook
 from shardlane.errors import StaleError
 from shardlane.ids import ChunkId, Incarnation, Step, Version
 from shardlane.plan import Placement, Plan
 
-Decide = Callable[[Step, Sequence[Record]], Decision]
+COMPARED_EVERY_STEPS = 16  # each chunk's copies, a part of the chunks at a time
 
 
 class ShardCore:
@@ -35,14 +33,11 @@ class ShardCore:
         self.me = me
         self.plan: Plan | None = None
         self.chunks: dict[ChunkId, HeldChunk] = {}
-        self.records: dict[Step, dict[ChunkId, Record]] = {}  # of the open step and the one before (9)
-        self.decided: dict[Step, Decision] = {}  # the same two steps
+        self.book = RecordBook(len(num_sites), decide)
         self.end_version = last_version  # no step from here on; a stop brings it forward
+        self.diverged: set[ChunkId] = set()  # whose copies here were found wrong under the present plan
         self.requests = 0  # REQUEST_* bits for the next record that closes here
-        self._num_sites = num_sites
-        self._num_lanes = num_lanes
-        self._decide = decide
-        self._delivered: set[tuple[Incarnation, Step, ChunkId]] = set()  # records known to be known there
+        self._num_sites, self._num_lanes = num_sites, num_lanes
         self._filling = Filling()
 
     # ---- what a shell may ask ------------------------------------------------------------------------------------------
@@ -110,6 +105,7 @@ class ShardCore:
                 raise StaleError(f"two plans are numbered {plan.number}: {old.digest[:12]} here, {plan.digest[:12]} offered")
             return []
         self.plan = plan
+        self.diverged.clear()
         effects: list[Effect] = []
         if old is None or plan.timeline != old.timeline:
             effects += self._begin_timeline()
@@ -123,8 +119,7 @@ class ShardCore:
         effects += self._checkpoint_taken_over(old)
         self._filling.begin(chunk for chunk in self.chunks if self.is_primary(chunk) and plan.placements[chunk].learner)
         for chunk in self.chunks:
-            effects += self._replicate(chunk)
-            effects += self._tell_position(chunk)
+            effects += [*self._replicate(chunk), *self._tell_position(chunk)]
         return effects + self._send_records() + self._settle() + self._fill()
 
     def on_message(self, envelope: Envelope) -> list[Effect]:
@@ -149,14 +144,13 @@ class ShardCore:
     def on_delivered(self, to: Incarnation, message: Message) -> None:
         """`to` has processed the message."""
         if isinstance(message, Records):
-            self._delivered |= {(to, record.step, record.chunk) for record in message.records}
+            self.book.delivered(to, message.records)
 
     def on_tick(self) -> list[Effect]:
         """Sends again whatever the present state asks for and is not known to have arrived."""
         effects: list[Effect] = []
         for chunk in self.chunks:
-            effects += self._replicate(chunk, again=True)
-            effects += self._tell_position(chunk)
+            effects += [*self._replicate(chunk, again=True), *self._tell_position(chunk)]
         return effects + [self._refill(chunk) for chunk in self._filling.under_way] + self._send_records()
 
     # ---- roles ---------------------------------------------------------------------------------------------------------
@@ -165,9 +159,7 @@ class ShardCore:
         """14. Whatever belongs to another timeline is void."""
         effects: list[Effect] = [Forget(chunk) for chunk in self.chunks]
         self.chunks.clear()
-        self.records.clear()
-        self.decided.clear()
-        self._delivered.clear()
+        self.book.clear()
         return effects
 
     def _take_role(self, chunk: ChunkId, now: Placement, before: Placement | None) -> list[Effect]:
@@ -197,7 +189,7 @@ class ShardCore:
         found: dict[Version, list[ChunkId]] = {}
         for chunk, held in self.chunks.items():
             is_new = self.is_primary(chunk) and old is not None and old.placements[chunk].primary != self.me
-            decision = self._decision(Step(held.version - 1)) if is_new else None
+            decision = self.book.decision(Step(held.version - 1)) if is_new else None
             if decision is not None and decision.checkpoint:
                 found.setdefault(held.version, []).append(chunk)
         return [Checkpoint(version, tuple(chunks)) for version, chunks in found.items()]
@@ -223,7 +215,8 @@ class ShardCore:
         held = self.chunks[chunk]
         if held.closed is None or not self.is_primary(chunk):
             return []
-        message = Replicate(held.closed, self._records_before(held.version) if again else ())
+        is_compared = (chunk + held.version) % COMPARED_EVERY_STEPS == 0
+        message = Replicate(held.closed, self.book.before(held.version) if again else (), is_compared)
         return [self._send(to, message) for to in self.backups(chunk) if to not in held.acks]
 
     def _fill(self) -> list[Effect]:
@@ -233,10 +226,7 @@ class ShardCore:
         assert self.plan is not None
         held, learner = self.chunks[chunk], self.plan.placements[chunk].learner
         assert learner is not None
-        return self._send(learner, Refill(chunk, held.version, held.closed, self._records_before(held.version)))
-
-    def _records_before(self, version: Version) -> tuple[Record, ...]:
-        return tuple(self.records.get(Step(version - 1), {}).values())
+        return self._send(learner, Refill(chunk, held.version, held.closed, self.book.before(held.version)))
 
     def _on_replicate(self, sender: Incarnation, message: Replicate) -> list[Effect]:
         """5. The same epoch only. Applies the step before to every chunk held, then keeps the sum and acknowledges it."""
@@ -252,8 +242,24 @@ class ShardCore:
             held.closed = message.record  # replaces any sum that was not decided on
             held.barrier = self._fresh_barrier(chunk)
             effects += [DropSums(chunk, keep_closed=False), KeepSum(chunk)]
-        effects.append(self._send(sender, Ack(step, chunk)))
-        return effects + self._tell_position(chunk) + self._settle()
+        if held.version == int(step) and message.parameters_digest:
+            return [*effects, Compare(chunk, sender, message.parameters_digest)]
+        return effects + self._acknowledge(chunk, step, sender)
+
+    def _acknowledge(self, chunk: ChunkId, step: Step, to: Incarnation) -> list[Effect]:
+        return [self._send(to, Ack(step, chunk)), *self._tell_position(chunk), *self._settle()]
+
+    def on_compared(self, chunk: ChunkId, sender: Incarnation, *, is_equal: bool) -> list[Effect]:
+        """Invariant 6: copies are the same, bit for bit. One that is not is dropped, and filled again by a later plan."""
+        held = self.chunks[chunk]
+        if is_equal:
+            return self._acknowledge(chunk, Step(held.version), sender)
+        del self.chunks[chunk]
+        self.diverged.add(chunk)
+        text = (
+            f"the copy of chunk {chunk} here differs from the primary's at version {held.version}; it is dropped and filled again"
+        )
+        return [Alarm(text), Forget(chunk)]
 
     def _on_ack(self, sender: Incarnation, message: Ack) -> list[Effect]:
         """6. Acks of the present epoch close the chunk."""
@@ -308,7 +314,7 @@ class ShardCore:
         current = self.version
         for record in records:
             if record.step >= current - 1:
-                self.records.setdefault(record.step, {}).setdefault(record.chunk, record)
+                self.book.learn(record)
         return self._settle()
 
     def _settle(self) -> list[Effect]:
@@ -325,46 +331,33 @@ class ShardCore:
         for chunk, held in self.chunks.items():
             if held.closed is None or not self.is_primary(chunk):
                 continue
-            known = self.records.setdefault(held.closed.step, {})
-            if held.acks.issuperset(self.backups(chunk)) and chunk not in known:
-                known[chunk] = held.closed
+            if held.acks.issuperset(self.backups(chunk)) and self.book.learn(held.closed):
                 fresh.append(held.closed)
         return self._send_records(fresh) if fresh else []
 
     def _send_records(self, records: Sequence[Record] | None = None) -> list[Effect]:
         """To every other shard of the plan: `records`, or all that are kept and not known to be there (9)."""
         assert self.plan is not None
-        if records is None:
-            records = [record for step in sorted(self.records) for record in self.records[step].values()]
         effects: list[Effect] = []
         for shard in self.plan.shards:
-            news = tuple(record for record in records if (shard, record.step, record.chunk) not in self._delivered)
+            news = self.book.unknown_to(shard, records)
             if shard != self.me and news:
                 effects.append(self._send(shard, Records(news)))
         return effects
-
-    def _decision(self, step: Step) -> Decision | None:
-        """7. Who holds one record of every chunk of the model decides."""
-        if step not in self.decided:
-            known = self.records.get(step, {})
-            if len(known) < len(self._num_sites):
-                return None
-            self.decided[step] = self._decide(step, [known[ChunkId(chunk)] for chunk in range(len(self._num_sites))])
-        return self.decided[step]
 
     def _apply_decided(self) -> list[Effect]:
         """8. Every chunk whose step is decided moves on, if its sum is the one that was decided on."""
         effects: list[Effect] = []
         steps = sorted({Step(held.version) for held in self.chunks.values() if held.closed is not None})
         for step in steps:
-            decision = self._decision(step)
+            decision = self.book.decision(step)
             if decision is None:
                 continue
             applied = []
             for chunk, held in self.chunks.items():
                 if held.version != int(step) or held.closed is None:
                     continue
-                if held.closed.digest != self.records[step][chunk].digest:
+                if held.closed.digest != self.book.of(step)[chunk].digest:
                     held.closed = None  # a deposed primary's own sum: another one was decided on
                     held.barrier = self._fresh_barrier(chunk)
                     effects.append(DropSums(chunk, keep_closed=False))
@@ -398,11 +391,7 @@ class ShardCore:
             self.requests = 0
         if decision.stop:
             self.end_version = version
-        oldest = self.version - 1
-        for kept in (self.records, self.decided):
-            for old in [each for each in kept if each < oldest]:
-                del kept[old]
-        self._delivered = {key for key in self._delivered if key[1] >= oldest}
+        self.book.forget_before(self.version - 1)
         return effects
 
     def _send(self, to: Incarnation, message: Message) -> Send:

@@ -20,4 +20,4 @@ def waits_for(core: ShardCore) -> str:
         return f"lanes of {where}; those marked 1 are in: {', '.join(lanes)}"
     if missing := [each for each in core.backups(chunk) if each not in held.acks]:
         return f"{', '.join(missing)} to hold the sum of {where}"
-    return f"the other chunks of step {held.version}; {len(core.records.get(Step(held.version), {}))} have closed"
+    return f"the other chunks of step {held.version}; {len(core.book.of(Step(held.version)))} have closed"

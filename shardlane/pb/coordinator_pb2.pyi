@@ -66,16 +66,18 @@ class StageLayers(_message.Message):
     def __init__(self, first: _Optional[int] = ..., end: _Optional[int] = ...) -> None: ...
 
 class Replica(_message.Message):
-    __slots__ = ("workers", "blocks", "formed", "begins_at")
+    __slots__ = ("workers", "blocks", "formed", "begins_at", "shadow")
     WORKERS_FIELD_NUMBER: _ClassVar[int]
     BLOCKS_FIELD_NUMBER: _ClassVar[int]
     FORMED_FIELD_NUMBER: _ClassVar[int]
     BEGINS_AT_FIELD_NUMBER: _ClassVar[int]
+    SHADOW_FIELD_NUMBER: _ClassVar[int]
     workers: _containers.RepeatedScalarFieldContainer[int]
     blocks: _containers.RepeatedCompositeFieldContainer[_tensor_pb2.Block]
     formed: _tensor_pb2.PlanNumber
     begins_at: int
-    def __init__(self, workers: _Optional[_Iterable[int]] = ..., blocks: _Optional[_Iterable[_Union[_tensor_pb2.Block, _Mapping]]] = ..., formed: _Optional[_Union[_tensor_pb2.PlanNumber, _Mapping]] = ..., begins_at: _Optional[int] = ...) -> None: ...
+    shadow: bool
+    def __init__(self, workers: _Optional[_Iterable[int]] = ..., blocks: _Optional[_Iterable[_Union[_tensor_pb2.Block, _Mapping]]] = ..., formed: _Optional[_Union[_tensor_pb2.PlanNumber, _Mapping]] = ..., begins_at: _Optional[int] = ..., shadow: bool = ...) -> None: ...
 
 class ChunkPlacement(_message.Message):
     __slots__ = ("in_sync", "learner")
@@ -172,13 +174,15 @@ class StepSummary(_message.Message):
     def __init__(self, step: _Optional[int] = ..., loss: _Optional[float] = ..., grad_norm: _Optional[float] = ..., learning_rate: _Optional[float] = ..., tokens: _Optional[int] = ..., skipped: bool = ..., requests: _Optional[int] = ...) -> None: ...
 
 class HeartbeatRequest(_message.Message):
-    __slots__ = ("incarnation", "plan", "version", "steps", "activity", "caught_up", "leaving")
+    __slots__ = ("incarnation", "plan", "version", "steps", "activity", "caught_up", "diverged", "lane_seconds", "leaving")
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     PLAN_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     STEPS_FIELD_NUMBER: _ClassVar[int]
     ACTIVITY_FIELD_NUMBER: _ClassVar[int]
     CAUGHT_UP_FIELD_NUMBER: _ClassVar[int]
+    DIVERGED_FIELD_NUMBER: _ClassVar[int]
+    LANE_SECONDS_FIELD_NUMBER: _ClassVar[int]
     LEAVING_FIELD_NUMBER: _ClassVar[int]
     incarnation: str
     plan: _tensor_pb2.PlanNumber
@@ -186,8 +190,10 @@ class HeartbeatRequest(_message.Message):
     steps: _containers.RepeatedCompositeFieldContainer[StepSummary]
     activity: str
     caught_up: _containers.RepeatedCompositeFieldContainer[CaughtUp]
+    diverged: _containers.RepeatedScalarFieldContainer[int]
+    lane_seconds: float
     leaving: bool
-    def __init__(self, incarnation: _Optional[str] = ..., plan: _Optional[_Union[_tensor_pb2.PlanNumber, _Mapping]] = ..., version: _Optional[int] = ..., steps: _Optional[_Iterable[_Union[StepSummary, _Mapping]]] = ..., activity: _Optional[str] = ..., caught_up: _Optional[_Iterable[_Union[CaughtUp, _Mapping]]] = ..., leaving: bool = ...) -> None: ...
+    def __init__(self, incarnation: _Optional[str] = ..., plan: _Optional[_Union[_tensor_pb2.PlanNumber, _Mapping]] = ..., version: _Optional[int] = ..., steps: _Optional[_Iterable[_Union[StepSummary, _Mapping]]] = ..., activity: _Optional[str] = ..., caught_up: _Optional[_Iterable[_Union[CaughtUp, _Mapping]]] = ..., diverged: _Optional[_Iterable[int]] = ..., lane_seconds: _Optional[float] = ..., leaving: bool = ...) -> None: ...
 
 class CaughtUp(_message.Message):
     __slots__ = ("chunk", "learner")

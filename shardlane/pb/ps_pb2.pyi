@@ -174,16 +174,14 @@ class Refill(_message.Message):
     def __init__(self, chunk: _Optional[int] = ..., version: _Optional[int] = ..., optimizer_step: _Optional[int] = ..., closed: _Optional[_Union[Record, _Mapping]] = ..., previous: _Optional[_Iterable[_Union[Record, _Mapping]]] = ...) -> None: ...
 
 class Position(_message.Message):
-    __slots__ = ("chunk", "version", "closed", "parameters_digest")
+    __slots__ = ("chunk", "version", "closed")
     CHUNK_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     CLOSED_FIELD_NUMBER: _ClassVar[int]
-    PARAMETERS_DIGEST_FIELD_NUMBER: _ClassVar[int]
     chunk: int
     version: int
     closed: bool
-    parameters_digest: int
-    def __init__(self, chunk: _Optional[int] = ..., version: _Optional[int] = ..., closed: bool = ..., parameters_digest: _Optional[int] = ...) -> None: ...
+    def __init__(self, chunk: _Optional[int] = ..., version: _Optional[int] = ..., closed: bool = ...) -> None: ...
 
 class DeliverRequest(_message.Message):
     __slots__ = ("run_id", "sender", "receiver", "plan", "timeline", "replicate", "ack", "records", "refill", "position", "slice", "payload")

@@ -115,9 +115,13 @@ def test_killed_processes_cost_no_step_and_no_bit(run: Run, tmp_path: Path, roun
         os.kill(rng.choice(run.pids(module)), signal.SIGKILL)
         before = run.num_steps()
         run.wait(f"training after the death of {module}", lambda before=before: run.num_steps() > before + 1)  # type: ignore[misc]
+    assert_as_undisturbed(run, tmp_path)
+
+
+def assert_as_undisturbed(run: Run, tmp_path: Path) -> None:
+    """Stops the run: digest and losses are the reference's, and no step was lost on the way."""
     run.process.send_signal(signal.SIGINT)
     assert run.process.wait(SECONDS_MAX) == 0, (run.folder / "local.log").read_text(encoding="utf-8")
-
     found, version = shardlane("digest", str(run.folder)).split()
     reference = tmp_path / "reference"
     settings = ["--train.max_steps", "100000", "--validation.num_micro_batches", "0", "--train.stop_at_step", version]

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from coordinator.core.beginning import Beginning
 from coordinator.core.events import CheckpointReport, Effect, Heartbeat, Note, Registration, StepSummary, ValidationReport
-from coordinator.core.run import Beginning, Run
+from coordinator.core.run import Run
 from shardlane import config as configs
 from shardlane.config import Config
 from shardlane.ids import PROTOCOL_VERSION, ChunkId, Incarnation, PlanNumber, RunId, Step, Timeline, Version

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from coordinator.core.run import Saved
+from coordinator.core.beginning import Saved
 from coordinator.store import FencedError, Store
 from shardlane.errors import UserError
 from shardlane.ids import Version

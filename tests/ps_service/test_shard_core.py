@@ -17,11 +17,13 @@ from ps_service.core.messages import (
     AskInSync,
     Checkpoint,
     Close,
+    Compare,
     Contribution,
     Decision,
     DropSums,
     Effect,
     Envelope,
+    Forget,
     Join,
     Keep,
     KeepSum,
@@ -35,7 +37,7 @@ from ps_service.core.messages import (
     Replicate,
     Send,
 )
-from ps_service.core.shard import ShardCore
+from ps_service.core.shard import COMPARED_EVERY_STEPS, ShardCore
 from ps_service.core.waiting import waits_for
 from shardlane.config import Config, build
 from shardlane.errors import StaleError
@@ -131,7 +133,7 @@ def test_a_chunk_closes_only_when_its_backup_holds_the_sum() -> None:
     primary.on_plan(both), backup.on_plan(both)
     effects = close(primary, X)
     (sent,) = of_kind(effects, Send)
-    assert isinstance(sent, Send) and sent.envelope.message == Replicate(record(X))
+    assert isinstance(sent, Send) and sent.envelope.message == Replicate(record(X), is_compared=True)
     kept = backup.on_message(sent.envelope)
     assert of_kind(kept, KeepSum) == [KeepSum(X)]
     (ack,) = [effect for effect in kept if isinstance(effect, Send)]
@@ -147,6 +149,39 @@ def test_an_ack_of_an_older_epoch_does_not_close() -> None:
     shard.on_plan(plan(Placement((A, B)), Placement((B, A)), epoch=2))
     with pytest.raises(StaleError):
         shard.on_message(Envelope(B, PlanNumber(1, 1), 0, Ack(Step(0), X)))
+
+
+def test_a_copy_that_is_not_what_the_primarys_is_is_dropped_and_told() -> None:
+    shard = core(B)
+    shard.on_plan(plan(Placement((A, B)), Placement((B, A))))
+    told = Envelope(A, PlanNumber(1, 1), 0, Replicate(record(X), (), True, 5))
+    assert of_kind(shard.on_message(told), KeepSum, Send, Compare) == [KeepSum(X), Compare(X, A, 5)]
+    effects = shard.on_compared(X, A, is_equal=False)
+    assert of_kind(effects, Forget, Send) == [Forget(X)] and of_kind(effects, Alarm) and shard.diverged == {X}
+    shard.on_plan(plan(Placement((A,), B), Placement((B, A)), epoch=2))
+    assert shard.diverged == set()
+
+
+def test_a_copy_that_is_the_same_is_acknowledged() -> None:
+    shard = core(B)
+    shard.on_plan(plan(Placement((A, B)), Placement((B, A))))
+    shard.on_message(Envelope(A, PlanNumber(1, 1), 0, Replicate(record(X), (), True, 5)))
+    (sent,) = of_kind(shard.on_compared(X, A, is_equal=True), Send)
+    assert isinstance(sent, Send) and sent.envelope.message == Ack(Step(0), X)
+
+
+def test_every_chunk_is_compared_in_turn() -> None:
+    shard = core(A, last=99)
+    shard.on_plan(plan(Placement((A, B)), Placement((A, B))))
+    compared = {}
+    for step in range(2 * COMPARED_EVERY_STEPS):
+        shard.end_version = 99  # beyond the config's last step
+        for chunk in (X, Y):
+            (sent,) = of_kind(close(shard, chunk, step=step), Send)
+            compared[step, chunk] = sent.envelope.message.is_compared  # type: ignore[attr-defined]
+        for chunk in (X, Y):
+            shard.on_message(Envelope(B, PlanNumber(1, 1), 0, Ack(Step(step), chunk)))
+    assert sum(compared.values()) == 4 and compared[0, X] and compared[COMPARED_EVERY_STEPS - 1, Y]
 
 
 def test_a_deposed_primary_applies_only_the_sum_that_was_decided_on() -> None:
@@ -223,7 +258,9 @@ def test_a_learner_is_filled_a_few_chunks_at_a_time_and_waited_for_where_it_stan
     assert refilled(stands(2, 0)) == [1]
     assert of_kind(stands(1, 0, closed=True), AskInSync) == [AskInSync(PlanNumber(1, 2), ChunkId(1), B)]
     assert of_kind(stands(1, 0, closed=True), AskInSync) == [], "asked once"
-    assert sent(close(shard, ChunkId(0)), Replicate) == [Replicate(record(ChunkId(0)))], "who is waited for gets the sum"
+    assert sent(close(shard, ChunkId(0)), Replicate) == [Replicate(record(ChunkId(0)), is_compared=True)], (
+        "who is waited for gets the sum"
+    )
     assert sent(close(shard, ChunkId(3)), Replicate) == [], "who is not does not"
 
 

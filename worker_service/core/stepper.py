@@ -225,7 +225,7 @@ class Stepper:
 
     def _validation_indices(self) -> tuple[int, ...]:
         """Validation micro-batch e belongs to lane e mod L."""
-        if self.replica is None or not validates_at(self.version, self._config):
+        if self.replica is None or self.replica.is_shadow or not validates_at(self.version, self._config):
             return ()
         lanes, count = self._lanes, self._config.validation.num_micro_batches
         return tuple(index for index in range(count) if lanes >> index % self._config.train.lanes & 1)
@@ -248,7 +248,8 @@ class Stepper:
             return []
         self.phase = Phase.RUNNING
         lanes = tuple(lane(each) for each in lanes_of(self._lanes))
-        blocks = lanes if self._lane_by_lane else self.replica.blocks
+        # A shadow takes no block of another apart: what it has pushed of one would have to be left out by the other.
+        blocks = lanes if self._lane_by_lane and not self.replica.is_shadow else self.replica.blocks
         return [Ask(Version(self.version + 1)), Run(self.attempt, self.version, blocks)]
 
     def _next_run(self) -> list[Effect]:

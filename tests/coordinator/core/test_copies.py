@@ -10,6 +10,7 @@ import pytest
 from coordinator.core.events import Announce, CheckpointMark, DropRows, ForgetMember, KeepMember, Note, RunState, TrainingRow
 from coordinator.core.run import Run
 from shardlane.ids import ChunkId, Incarnation, PlanNumber, Timeline, Version
+from shardlane.plan import Placement
 from tests.coordinator.cast import beat, fresh_run, incarnation, join, small_config, summary
 from tests.coordinator.core.lives import fall_silent, plan_of, train_to, training
 
@@ -52,6 +53,21 @@ def test_a_newcomer_is_filled_and_then_listed_with_its_share_of_primaries() -> N
     assert plan_of(run).number > number
     assert all(set(each.in_sync) == {survivor, newcomer} and each.learner is None for each in plan_of(run).placements)
     assert {each.primary for each in plan_of(run).placements} == {survivor, newcomer}
+
+
+def test_a_copy_that_was_found_wrong_is_filled_again() -> None:
+    run = training()
+    placements = plan_of(run).placements
+    chunk = next(ChunkId(index) for index, each in enumerate(placements) if each.primary == incarnation("shard 1"))
+    wrong = incarnation("shard 2")
+    run.on_heartbeat(replace(beat(run, "shard 2", plan=PlanNumber(1, 0)), diverged=frozenset({chunk})), 0.5)
+    assert plan_of(run).number == PlanNumber(1, 1), "of an older plan"
+    run.on_heartbeat(replace(beat(run, "shard 2"), diverged=frozenset({chunk})), 0.6)
+    assert plan_of(run).placements[chunk] == Placement((incarnation("shard 1"),), wrong)
+    others = [index for index in range(len(placements)) if index != chunk]
+    assert all(plan_of(run).placements[index] == placements[index] for index in others)
+    run.on_heartbeat(replace(beat(run, "shard 1"), caught_up={chunk: wrong}), 0.7)
+    assert set(plan_of(run).placements[chunk].in_sync) == {incarnation("shard 1"), wrong}
 
 
 def test_a_shard_and_its_only_backup_take_everybody_back() -> None:

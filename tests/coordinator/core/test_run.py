@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from coordinator.core.beginning import Saved
 from coordinator.core.events import (
     Announce,
     CheckpointFailed,
@@ -15,7 +16,7 @@ from coordinator.core.events import (
     TrainingRow,
     ValidationRow,
 )
-from coordinator.core.run import Run, Saved
+from coordinator.core.run import Run
 from shardlane.ids import PlanNumber, Timeline, Version
 from shardlane.plan import REQUEST_CHECKPOINT, REQUEST_STOP
 from tests.coordinator.cast import (
