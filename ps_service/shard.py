@@ -251,7 +251,8 @@ class Shard:
                 case Announce():
                     self._announce(effect)
                 case Checkpoint():
-                    self._snapshots.take(effect.version, effect.chunks)
+                    assert self._core.plan is not None
+                    self._snapshots.take(self._core.plan.timeline.id, effect.version, effect.chunks)
                     self._on_milestone()
                 case AskInSync():
                     self._on_milestone()  # the heartbeat tells (`caught_up`)

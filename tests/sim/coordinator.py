@@ -1,4 +1,4 @@
-"""The coordinator around its core, as `coordinator/shell.py` and `session.py` build it, with a store and a disk that outlive it."""
+"""The coordinator around its core, as its shell and `session.py` build it, with a store and a disk that outlive it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ from coordinator.core.events import (
     ValidationRow,
 )
 from coordinator.core.progress import Checkpoints
-from coordinator.core.run import Beginning, Run, Saved
+from coordinator.core.beginning import Beginning, Saved
+from coordinator.core.run import Run
 from shardlane.ids import ChunkId, Incarnation, RunId, Timeline, Version
 from shardlane.plan import Plan
 from tests.sim.network import Process, RefusedError
@@ -86,7 +87,7 @@ class Store:
 
     term: int = 0
     plan: Plan | None = None
-    saved: Saved = Saved()
+    saved: Saved = field(default_factory=Saved)
     registrations: dict[Incarnation, Registration] = field(default_factory=dict)
     reports: dict[tuple[str, int, str], _Report] = field(default_factory=dict)
     rows_version: Version = NO_CHECKPOINT.version
@@ -164,7 +165,7 @@ class CoordinatorProcess(Process):
                 self.store.reports["validation", report.version, str(report.index)] = report
             return
         self._feed(run.on_checkpoint_part(report))
-        if self.alive and report.version > run.checkpoint.version:
+        if self.alive and report.version > run.checkpoint.version and report.timeline == run.timeline.id:
             self.store.reports["checkpoint", report.version, report.file] = report
 
     def suspect(self, incarnation: Incarnation) -> None:

@@ -6,6 +6,7 @@ import heapq
 import random
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -146,10 +147,8 @@ class Network:
 
         def repeat() -> None:
             self._num["doubled"] += 1
-            try:
+            with suppress(RefusedError):
                 handle()
-            except RefusedError:
-                pass
 
         if callee is None or not callee.alive or self.loses(caller, callee):
             fail()

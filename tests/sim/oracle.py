@@ -105,7 +105,7 @@ class Oracle:
                     raise BrokenInvariant(f"1, 2: the sum of step {held.version} of chunk {chunk} on {shard} is {total}")
         if texts.parameters.keys() != core.chunks.keys():
             raise BrokenInvariant(f"1: {shard} has parameters of {sorted(texts.parameters)}, holds {sorted(core.chunks)}")
-        for step, records in core.records.items():
+        for step, records in core.book.records.items():
             for chunk, record in records.items():
                 if self.records.get((timeline.id, step, chunk)) is not record:
                     self._hear(timeline, record, everybody)

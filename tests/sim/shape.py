@@ -11,6 +11,11 @@ from shardlane.config import Config
 from tests.sim.network import Weather
 
 
+FAIR = Weather()
+CALM = Weather(lose=0.0, double=0.0, linger=0.0, loiter=0.0)
+BAD = Weather(lose=0.12, double=0.15, linger=0.10, loiter=0.01)
+
+
 @dataclass(frozen=True)
 class Shape:
     """`faults`: how often each is drawn, against the others. A schedule has 1 … `num_faults_max` of them."""
@@ -28,7 +33,7 @@ class Shape:
     num_validations: int = 0
     schedule: str = "1f1b"
     seconds_a_lane: float = 0.02
-    weather: Weather = Weather()
+    weather: Weather = FAIR
     wobbles: bool = False  # no two measurements of one sum have the same bits
     num_faults_max: int = 2
     faults: Mapping[str, int] = field(default_factory=lambda: {"kill shard": 1, "kill worker": 1})
@@ -37,8 +42,6 @@ class Shape:
         return id(self)
 
 
-CALM = Weather(lose=0.0, double=0.0, linger=0.0, loiter=0.0)
-BAD = Weather(lose=0.12, double=0.15, linger=0.10, loiter=0.01)
 DEATHS = {"kill shard": 3, "kill worker": 2, "kill two shards": 1}
 SILENCES = {"stop shard": 3, "stop worker": 2, "part shard": 3, "part worker": 1, "part all": 1, "kill shard": 1}
 COMINGS = {"join shard": 2, "join worker": 2, "leave shard": 3, "leave worker": 2, "kill shard": 1, "kill worker": 1}

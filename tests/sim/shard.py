@@ -6,7 +6,7 @@ import math
 import zlib
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, NamedTuple, assert_never
 
 from coordinator.core.events import CheckpointReport, Heartbeat, StepSummary
@@ -18,6 +18,7 @@ from ps_service.core.messages import (
     AskInSync,
     Checkpoint,
     Close,
+    Compare,
     Contribution,
     DropSums,
     Effect,
@@ -128,7 +129,15 @@ class ShardProcess(MemberProcess):
         number = _NO_PLAN if self.core.plan is None else self.core.plan.number
         version = Version(max(self.oldest, 0))
         caught_up = dict(self.core.caught_up())
-        return Heartbeat(self.me, number, version, tuple(self._summaries), "", caught_up, self.is_leaving)
+        return Heartbeat(
+            self.me,
+            number,
+            version,
+            tuple(self._summaries),
+            caught_up=caught_up,
+            diverged=frozenset(self.core.diverged),
+            is_leaving=self.is_leaving,
+        )
 
     def on_reply(self, reply: Reply) -> None:
         while self._summaries and self._summaries[0].step < reply.acknowledged_steps:
@@ -243,11 +252,16 @@ class ShardProcess(MemberProcess):
     def _pack(self, envelope: Envelope) -> Parcel:
         message: Message = envelope.message
         if isinstance(message, Replicate):
+            digest = self._parameters_digest(message.record.chunk) if message.is_compared else 0
+            envelope = replace(envelope, message=replace(message, parameters_digest=digest))
             return Parcel(envelope, self.texts.sums[message.record.chunk], ())
         if isinstance(message, Refill):
             total = self.texts.sums[message.chunk] if message.closed is not None else ""
             return Parcel(envelope, total, self.texts.parameters[message.chunk])
         return Parcel(envelope, "", ())
+
+    def _parameters_digest(self, chunk: ChunkId) -> int:
+        return zlib.crc32("|".join(self.texts.parameters[chunk]).encode()) or 1
 
     # ---- effects -------------------------------------------------------------------------------------------------------
 
@@ -273,6 +287,9 @@ class ShardProcess(MemberProcess):
                 todo += self._close(chunk)
             case KeepSum(chunk=chunk):
                 texts.sums[chunk] = value
+            case Compare(chunk=chunk, sender=sender, digest=digest):
+                is_equal = self._parameters_digest(chunk) == digest
+                todo += self.core.on_compared(chunk, sender, is_equal=is_equal)
             case KeepState(chunk=chunk):
                 texts.drop_partials(chunk)
                 texts.sums.pop(chunk, None)
@@ -351,6 +368,7 @@ class ShardProcess(MemberProcess):
         """Written and told some time later: until then it is gone with this process."""
         world, file = self.world, f"{self.me}-{self._num_snapshots}"
         self._num_snapshots += 1
+        timeline = self.timeline
         part = {chunk: self.texts.parameters[chunk] for chunk in effect.chunks}
         self.snapshots_left += 1
 
@@ -358,7 +376,7 @@ class ShardProcess(MemberProcess):
             self.snapshots_left -= 1
             world.disk.parts[effect.version, file] = part
             checksums = {chunk: dict[str, str]() for chunk in part}
-            self.report(CheckpointReport(self.me, effect.version, effect.version, file, 1, checksums))
+            self.report(CheckpointReport(self.me, effect.version, effect.version, file, 1, checksums, timeline=timeline))
 
         self.clock.after(0.02 + 0.3 * world.random.random() ** 4, self, write)
         self.beat_soon()

@@ -19,6 +19,7 @@ from worker_service.core import events
 from worker_service.core.events import Key, Refusal
 from worker_service.core.schedule import Backward, Forward, Weights, schedule
 from worker_service.core.stepper import Stepper
+from worker_service.pace import Pace
 
 if TYPE_CHECKING:
     from tests.sim.coordinator import Reply
@@ -40,6 +41,7 @@ class Seat:
         self.puller = Puller(worker, plan, [item.chunk.id for item in self.items])
         self.pusher = Pusher(worker, plan)
         self.parameters_version = -1
+        self.computed_seconds = 0.0
         self.above, self.below = self._link(stage - 1), self._link(stage + 1)
         worker.inbox.open(self._formed, is_seated=True)
 
@@ -103,7 +105,9 @@ class Seat:
                     if self.above is not None:
                         self.above.send(Item(GRADIENT, version, lane))
                 case Weights(lane):
-                    yield self.worker.seconds_a_lane * (0.5 + world.random.random())
+                    seconds = self.worker.seconds_a_lane * (0.5 + world.random.random())
+                    yield seconds
+                    self.computed_seconds += seconds
                     self._add(Lane(lane), due)
 
     def _taken(self, kind: str, version: Version, index: int) -> Callable[[], bool]:
@@ -146,6 +150,7 @@ class WorkerProcess(MemberProcess):
         self.inbox = Inbox(self)
         self.seconds_a_lane = world.shape.seconds_a_lane * (0.5 + world.random.random())
         self.seat: Seat | None = None
+        self.pace = Pace()
         self._routing: Plan | None = None
         self._work: deque[events.Work] = deque()
         self._attempt = 0  # counts abandonments
@@ -159,7 +164,7 @@ class WorkerProcess(MemberProcess):
 
     def beat_content(self) -> Heartbeat:
         number = self.stepper.plan.number if self.stepper.plan is not None else _NO_PLAN
-        return Heartbeat(self.me, number, self.stepper.version, is_leaving=self.is_leaving)
+        return Heartbeat(self.me, number, self.stepper.version, lane_seconds=self.pace.lane_seconds, is_leaving=self.is_leaving)
 
     def on_reply(self, reply: Reply) -> None:
         self.post(events.StateChanged(reply.state.name.lower()))  # type: ignore[arg-type]
@@ -276,13 +281,16 @@ class WorkerProcess(MemberProcess):
                 yield from seat.validate(version, indices)
                 self.post(events.Validated(attempt))
             case events.Run(attempt, version, blocks):
+                began = seat.computed_seconds
                 yield from seat.run(version, blocks)
+                self.pace.add(seat.computed_seconds - began, sum(block.size for block in blocks))
                 self.post(events.Ran(attempt))
             case _:
                 assert_never(work)
 
     def _sit(self, work: events.Begin | events.Rest | events.Leave) -> Iterator[Pause]:
         old, self.seat = self.seat, None
+        self.pace = Pace()
         if old is not None:
             old.close()
         yield 0.002

@@ -103,6 +103,8 @@ class World:
         if run.state is not RunState.FINISHED:
             raise StuckError(f"the run is {run.state.name}: {run.failure}")
         end = run.end_version
+        if end < self.config.train.last_step and not self.num["stop run"]:
+            raise BrokenInvariant(f"4: the run ended at version {end}, and nobody asked for that")
         if newest is None or newest.version < end or run.version != end:
             raise BrokenInvariant(f"4: the run ended at version {run.version} of {end}, checkpoint {newest}")
         for chunk in range(self.shape.num_chunks):
@@ -183,10 +185,11 @@ class World:
 
     def resume_later(self, seconds: float) -> None:
         def resume() -> None:
-            if self.coordinator is None:
+            coordinator = self.coordinator
+            if coordinator is not None:
+                coordinator.control(Control.RESUME)
+            if coordinator is None or not coordinator.alive:
                 self.resume_later(seconds)
-            else:
-                self.coordinator.control(Control.RESUME)
 
         self.clock.after(seconds, None, resume)
 
