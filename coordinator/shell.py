@@ -193,7 +193,7 @@ class Coordinator:
         """Durable when this returns."""
 
         def keep() -> None:
-            if not report.error and report.version > self.run.checkpoint.version:
+            if not report.error and report.version > self.run.checkpoint.version and report.timeline == self.run.timeline.id:
                 self._store.keep_report("checkpoint", report.version, report.file, body)
 
         self._feed(lambda now: self.run.on_checkpoint_part(report), keep)

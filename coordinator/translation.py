@@ -105,6 +105,7 @@ def checkpoint_from_wire(request: coordinator_pb2.ReportCheckpointRequest, num_c
         num_bytes=request.num_bytes,
         chunks={ChunkId(each.chunk): dict(each.checksums) for each in request.chunks},
         error=request.error[:1024],
+        timeline=request.timeline,
     )
 
 

@@ -135,6 +135,8 @@ class Shard:
             if before is not None and before.timeline != plan.timeline:
                 self._summaries.clear()  # they are of steps that are void now
             self.publications.fail_waiting()
+            if before is not None and plan.timeline != before.timeline:
+                self._summaries.clear()  # of steps that the coordinator would take for the new timeline's
             self._set_outboxes(plan)
             for chunk in range(len(plan.placements)):
                 if plan.placements[chunk].primary != self.me:
@@ -252,7 +254,8 @@ class Shard:
                 case Announce():
                     self._announce(effect)
                 case Checkpoint():
-                    self._snapshots.take(effect.version, effect.chunks)
+                    assert self._core.plan is not None
+                    self._snapshots.take(self._core.plan.timeline.id, effect.version, effect.chunks)
                     self._on_milestone()
                 case AskInSync():
                     self._on_milestone()  # the heartbeat tells (`caught_up`)

@@ -21,6 +21,7 @@ class Snapshot:
     """The chunks of one version, pinned."""
 
     version: Version
+    timeline: int
     owner: str  # names the part: a shard that takes over chunks of a version writes another part of it
     images: Mapping[ChunkId, ChunkImage]
 
@@ -43,10 +44,10 @@ class SnapshotWriter:
         self._thread = threading.Thread(target=self._run, name="snapshots", daemon=True)
         self._thread.start()
 
-    def take(self, version: Version, chunks: tuple[ChunkId, ...]) -> None:
+    def take(self, timeline: int, version: Version, chunks: tuple[ChunkId, ...]) -> None:
         """Pins the chunks as they are now; called at once after they reached `version`."""
         images = {chunk: self._store.pin_image(chunk) for chunk in chunks}
-        self._waiting.put(Snapshot(version, f"{self._me}-{self._num_taken}", images))
+        self._waiting.put(Snapshot(version, timeline, f"{self._me}-{self._num_taken}", images))
         self._num_taken += 1
 
     def close(self) -> None:
@@ -56,7 +57,9 @@ class SnapshotWriter:
 
     def _run(self) -> None:
         while (snapshot := self._waiting.get()) is not None:
-            report = coordinator_pb2.ReportCheckpointRequest(incarnation=self._me, version=snapshot.version)
+            report = coordinator_pb2.ReportCheckpointRequest(
+                incarnation=self._me, version=snapshot.version, timeline=snapshot.timeline
+            )
             try:
                 self._write(snapshot, report)
             except CheckpointError as error:

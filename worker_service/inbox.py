@@ -86,6 +86,7 @@ class Inbox:
         """Takes up a plan: everything before it is void. `seat` is None for a worker that rests."""
         with self._changed:
             self._number, self._seat = number, seat
+            self._version = Version(0)  # a roll-back goes to an earlier one, and a neighbour may be there first
             self._drop(lambda key: True)
             self._changed.notify_all()
 

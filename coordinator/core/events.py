@@ -91,6 +91,7 @@ class CheckpointReport:
     num_bytes: int
     chunks: Mapping[ChunkId, Mapping[str, str]]
     error: str = ""
+    timeline: int = 0  # in which the version was made
 
 
 @dataclass(frozen=True, slots=True)

@@ -200,6 +200,8 @@ class Run:
             return refusal, []
         if report.version <= self.checkpoint.version:
             return None, []  # told again: it is committed
+        if report.timeline != self.timeline.id:
+            return None, []  # 14. It is of steps that were made anew, or will be
         if report.error:
             return None, self.on_checkpoint_failed(report.version, f"{report.incarnation}: {report.error}")
         if report.version > self._requested_at:
@@ -319,7 +321,8 @@ class Run:
         end = self.end_version
         validated = self.validations.is_done(end) or not validates_at(end, self.config)
         is_whole = min(self.version, self.checkpoint.version) >= end and validated
-        if self.has_ended or not is_whole or self._departures.is_suspending:
+        is_suspending = self._departures.is_suspending and end < self.config.train.last_step
+        if self.has_ended or not is_whole or is_suspending:
             return []
         self._finished = True
         return [Note(f"the run is finished at version {self.version}")]
@@ -329,7 +332,7 @@ class Run:
         if self.has_ended:
             return []
         self._looked_seconds = now
-        present, is_gentle = self._present(), self.state is RunState.TRAINING
+        present, is_gentle = self._present(), self._is_calm
         is_suspended = self.is_suspended and not all_leave(present.shards, present.leaving)
         decision, reason = self._planner.judge(self.plan, present, version=self.version, is_suspended=is_suspended)
         if decision is Decision.WAIT:
@@ -357,6 +360,15 @@ class Run:
         )
         self._caught_up, self._diverged = {}, {}
         return [*effects, Announce(self.plan), Note(f"plan {number}: {reason}")]
+
+    @property
+    def _is_calm(self) -> bool:
+        """Whether all workers are at work as the plan says. Only then may another one say "as before, until a later version":
+        who has missed this plan, or is still to take it up, means something else by that, and a lane could be nobody's."""
+        if self.plan is None or self.state is not RunState.TRAINING or self.plan.settled_at > self.version:
+            return False
+        seats = [(worker, replica.formed) for replica in self.plan.replicas for worker in replica.workers]
+        return all(worker in self.members and self.members.plan(worker) >= formed for worker, formed in seats)
 
     def _present(self) -> Present:
         return Present(

@@ -34,7 +34,7 @@ class ShardCore:
         self.plan: Plan | None = None
         self.chunks: dict[ChunkId, HeldChunk] = {}
         self.book = RecordBook(len(num_sites), decide)
-        self.end_version = last_version  # no step from here on; a stop brings it forward
+        self.last_version = self.end_version = last_version  # no step from `end_version` on; a stop brings it forward
         self.diverged: set[ChunkId] = set()  # whose copies here were found wrong under the present plan
         self.requests = 0  # REQUEST_* bits for the next record that closes here
         self._num_sites, self._num_lanes = num_sites, num_lanes
@@ -159,6 +159,7 @@ class ShardCore:
         effects: list[Effect] = [Forget(chunk) for chunk in self.chunks]
         self.chunks.clear()
         self.book.clear()
+        self.end_version, self.requests = self.last_version, 0  # a stop is asked for again, unless others go on with the run
         return effects
 
     def _take_role(self, chunk: ChunkId, now: Placement, before: Placement | None) -> list[Effect]:

@@ -76,11 +76,13 @@ def validation(name: str, version: int, index: int, loss_sum: float = 8.0, token
     return ValidationReport(incarnation(name), Version(version), index, loss_sum, tokens)
 
 
-def part(config: Config, name: str, version: int, chunks: Sequence[int], error: str = "") -> CheckpointReport:
+def part(
+    config: Config, name: str, version: int, chunks: Sequence[int], error: str = "", *, timeline: int = 0
+) -> CheckpointReport:
     checksums = dict.fromkeys(tensor_names(config.optimizer.name), "0" * 16)
     return CheckpointReport(
         incarnation(name), Version(version), version, f"part-{incarnation(name)}.safetensors", 64,
-        {ChunkId(chunk): checksums for chunk in chunks}, error,
+        {ChunkId(chunk): checksums for chunk in chunks}, error, timeline,
     )  # fmt: skip
 
 

@@ -1,277 +1,254 @@
-"""A cluster's cores in one process under one seed: an in-memory network that loses, doubles, delays and reorders.
+"""A whole cluster in one process under one seed: the real cores of all three services, joined by an in-memory network.
 
-Sums are symbolic: a lane's contribution is the text `l3@5`, a join is `(left+right)`, so the canonical tree shows in what is
-applied, and a chunk's parameters are the history of what was applied. Workers are the lanes themselves: whoever can see a
-version of every chunk may push any block of its step, any number of times.
+`World(seed, shape).run()` ends when the run does, or raises: `BrokenInvariant`, or `StuckError` if it does not end. What shells
+do around the cores is modelled beside it, in `coordinator.py`, `shard.py` and `worker.py`.
 """
 
 from __future__ import annotations
 
 import random
-import zlib
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 
-from ps_service.core.messages import (
-    Alarm,
-    Announce,
-    Apply,
-    AskInSync,
-    Checkpoint,
-    Close,
-    Contribution,
-    Decision,
-    DropSums,
-    Effect,
-    Envelope,
-    Forget,
-    Join,
-    Keep,
-    KeepState,
-    KeepSum,
-    Load,
-    Message,
-    Outcome,
-    Publish,
-    Record,
-    Records,
-    Refill,
-    Replicate,
-    Send,
-)
-from ps_service.core.shard import ShardCore
-from shardlane.errors import StaleError
-from shardlane.ids import ChunkId, Incarnation, Lane, PlanNumber, RunId, SiteIndex, Step, Timeline, Version
-from shardlane.lanes import Block
-from shardlane.plan import Member, Placement, Plan
-from shardlane.tally import Tally
+from coordinator.core.events import CommitCheckpoint, Control, RunState, TrainingRow
+from ps_service.core.commit import decide
+from ps_service.core.messages import Decision, Record
+from shardlane.ids import ChunkId, Incarnation, Step, Version
+from shardlane.plan import Plan
+from tests.sim.coordinator import CoordinatorProcess, Disk, Store
+from tests.sim.faults import Drama
+from tests.sim.member import MemberProcess
+from tests.sim.network import Clock, Network, Process
+from tests.sim.oracle import BrokenInvariant, Oracle
+from tests.sim.shape import Shape, config_of
+from tests.sim.shard import ShardProcess
+from tests.sim.sketch import History, Sketch, plainly
+from tests.sim.worker import WorkerProcess
 
-RUN = RunId("sim")
+NUM_EVENTS_MAX = 20_000
+SECONDS_MAX = 90.0
+REPAIR_SECONDS = 5.0  # until somebody starts what has been missing
 
 
-@dataclass(frozen=True)
-class Shape:
-    """A small world."""
-
-    num_shards: int = 3
-    num_chunks: int = 3
-    num_lanes: int = 4
-    num_steps: int = 4
-    replication: int = 1
-    tied_chunks: frozenset[int] = frozenset({0})
-    lose: float = 0.1
-    double: float = 0.1
-
-
-@dataclass
-class Tensors:
-    """What one shard's shell would hold, as text."""
-
-    parameters: dict[ChunkId, tuple[str, ...]] = field(default_factory=dict)
-    partials: dict[tuple[ChunkId, SiteIndex, Block], str] = field(default_factory=dict)
-    sums: dict[ChunkId, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Mail:
-    to: Incarnation
-    envelope: Envelope
-    value: str | tuple[str, ...] = ""
-    history: tuple[str, ...] = ()
-
-
-class BrokenInvariant(AssertionError):
-    """Carries the number of the invariant (DESIGN.md, section 3)."""
-
-
-def canonical_lanes(step: int, first: int, size: int) -> str:
-    if size == 1:
-        return f"l{first}@{step}"
-    half = size // 2
-    return f"({canonical_lanes(step, first, half)}+{canonical_lanes(step, first + half, half)})"
+class StuckError(AssertionError):
+    """The run did not come to its end."""
 
 
 class World:
-    """One seed replays it: `World(seed, shape).run()`."""
-
-    def __init__(self, seed: int, shape: Shape) -> None:
-        self.shape = shape
+    def __init__(self, seed: int, shape: Shape, say: Callable[[str], None] | None = None) -> None:
+        """`say` gets the trace."""
+        self.shape, self.config = shape, config_of(shape)
         self.random = random.Random(seed)
-        self.network: list[Mail] = []
+        self.layout = Sketch(shape.num_chunks)
         self.num = Counter[str]()  # what happened how often, so that a test sees that it got somewhere
-        self.decisions: dict[int, Decision] = {}
-        self.published: dict[ChunkId, Version] = {}
-        self.cores: dict[Incarnation, ShardCore] = {}
-        self.tensors: dict[Incarnation, Tensors] = {}
-        for index in range(shape.num_shards):
-            self.start(Incarnation(f"shard-{index}"))
-        self.plan = self.first_plan()
-        for me in self.cores:
-            self.do(me, self.cores[me].on_plan(self.plan))
+        self.clock = Clock()
+        self.network = Network(self.clock, self.random, shape.weather, self.num)
+        self.oracle = Oracle(self.layout, shape.num_lanes)
+        self.store, self.disk = Store(), Disk()
+        self.shards: dict[Incarnation, ShardProcess] = {}
+        self.workers: dict[Incarnation, WorkerProcess] = {}
+        self.coordinator: CoordinatorProcess | None = None
+        self.newest_coordinator: CoordinatorProcess | None = None
+        self._say = say
+        self._num_started = 0
+        self._restarts: set[Incarnation] = set()
+        self._not_finite = {step for step in range(shape.num_steps) if self.random.random() < 0.1}
+        self.drama = Drama(self)
 
-    def start(self, me: Incarnation) -> None:
-        sites = [2 if chunk in self.shape.tied_chunks else 1 for chunk in range(self.shape.num_chunks)]
-        self.cores[me] = ShardCore(
-            me, num_sites=sites, num_lanes=self.shape.num_lanes, last_version=self.shape.num_steps, decide=self.decide
-        )
-        self.tensors[me] = Tensors()
+    def say(self, text: str) -> None:
+        if self._say is not None:
+            self._say(f"{self.clock.now:8.3f} {text}")
 
-    def first_plan(self) -> Plan:
-        names = list(self.cores)
-        copies = min(self.shape.replication, len(names))
-        placements = tuple(
-            Placement(tuple(names[(chunk + copy) % len(names)] for copy in range(copies)))
-            for chunk in range(self.shape.num_chunks)
+    # ---- a schedule ----------------------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        self.begin()
+        while not self.is_over:
+            self.step()
+        self.finish()
+
+    def begin(self) -> None:
+        shape = self.shape
+        self.start_coordinator()
+        for _ in range(shape.num_shards + shape.num_spare_shards):
+            self.start_member("shard")
+        for _ in range(shape.num_stages * shape.num_replicas + shape.num_spare_workers):
+            self.start_member("worker")
+        self.clock.after(REPAIR_SECONDS, None, self._repair)
+
+    def _repair(self) -> None:
+        """Whoever runs the cluster starts what is missing of it."""
+        shape = self.shape
+        for members, wanted in ((self.shards, shape.num_shards), (self.workers, shape.num_stages * shape.num_replicas)):
+            here = [each for each in members.values() if each.alive and not each.is_leaving]
+            if len(here) < wanted:
+                self.start_member("shard" if members is self.shards else "worker")
+        self.clock.after(REPAIR_SECONDS, None, self._repair)
+
+    def step(self) -> None:
+        if self.clock.num_events > NUM_EVENTS_MAX or self.clock.now > SECONDS_MAX or not self.clock.step():
+            raise StuckError(self.situation())
+        self.drama.advance()
+
+    @property
+    def is_over(self) -> bool:
+        return (
+            self.coordinator is not None and self.coordinator.run.has_ended and not self.coordinator.asleep_until > self.clock.now
         )
-        members = tuple(Member(name, "shard", f"{name}:1") for name in names)
-        return Plan(PlanNumber(1, 1), RUN, Timeline(0, Version(0)), members, (), (), placements)
+
+    def finish(self) -> None:
+        """The end state: the last version is published and in a checkpoint, as if nothing had happened."""
+        assert self.coordinator is not None
+        run, newest = self.coordinator.run, self.disk.newest
+        if run.state is not RunState.FINISHED:
+            raise StuckError(f"the run is {run.state.name}: {run.failure}")
+        end = run.end_version
+        if end < self.config.train.last_step and not self.num["stop run"]:
+            raise BrokenInvariant(f"4: the run ended at version {end}, and nobody asked for that")
+        if newest is None or newest.version < end or run.version != end:
+            raise BrokenInvariant(f"4: the run ended at version {run.version} of {end}, checkpoint {newest}")
+        for chunk in range(self.shape.num_chunks):
+            history = newest.histories[ChunkId(chunk)]
+            if plainly(history) != self.oracle.expected(newest.timeline, ChunkId(chunk), newest.version):
+                raise BrokenInvariant(f"1, 2: chunk {chunk} ends as {history}")
+        self.num["versions"] = end
+
+    def situation(self) -> str:
+        """Who stands where, for a run that is stuck."""
+        lines = [f"at {self.clock.now:.1f} s, after {self.clock.num_events} events"]
+        if self.coordinator is None:
+            lines.append("no coordinator")
+        else:
+            run = self.coordinator.run
+            lines.append(f"{self.coordinator}: {run.state.name} version {run.version} checkpoint {run.checkpoint.version}"
+                         f" of {run.end_version} {run.waiting_for} plan {run.plan and run.plan.number}")  # fmt: skip
+            if run.plan is not None:
+                lines.append(f"  {[(each.in_sync, each.learner) for each in run.plan.placements]}")
+                lines.append(f"  {[(each.workers, each.begins_at, each.formed) for each in run.plan.replicas]}")
+        for shard in self.shards.values():
+            if shard.alive:
+                held = {
+                    chunk: (
+                        each.version,
+                        each.closed is not None,
+                        sorted(each.acks),
+                        sorted(each.awaited),
+                        [table.counted for table in each.barrier.sites],
+                    )
+                    for chunk, each in shard.core.chunks.items()
+                }
+                lines.append(f"{shard}: plan {shard.core.plan and shard.core.plan.number} {held} end {shard.core.end_version}")
+        for worker in self.workers.values():
+            if worker.alive:
+                stepper = worker.stepper
+                lines.append(f"{worker}: plan {stepper.plan and stepper.plan.number} {stepper.phase} {stepper.version}")
+        return "\n".join(lines)
+
+    # ---- processes -----------------------------------------------------------------------------------------------------
+
+    def start_coordinator(self) -> None:
+        self.coordinator = CoordinatorProcess(self)
+        self.say(f"{self.coordinator} starts")
+        self.coordinator.start()
+
+    def start_member(self, role: str, address: str = "") -> None:
+        self._num_started += 1
+        number = self._num_started
+        where = address or f"host{number}:1"
+        name = Incarnation(f"{role}-{number:x}")
+        process: MemberProcess
+        if role == "shard":
+            process = self.shards[name] = ShardProcess(self, name, where)
+        else:
+            process = self.workers[name] = WorkerProcess(self, name, where)
+        self.say(f"{process} starts at {where}")
+        process.start()
+
+    def kill(self, process: Process) -> None:
+        """It is gone, and everything that it knew. Its neighbours may notice, and the coordinator from its broken stream."""
+        if not process.alive:
+            return
+        process.alive = False
+        if isinstance(process, CoordinatorProcess):
+            if process is self.coordinator:
+                self.say(f"{process} dies")
+                self.coordinator = None
+                self.clock.after(self.random.choice((0.1, 0.5, 2.0, 5.0)), None, self.start_coordinator)
+            return
+        assert isinstance(process, MemberProcess)
+        process.on_killed()
+        if self.random.random() < 0.6:
+            self.clock.after(self.network.latency(), None, lambda: self._suspect(process))
+
+    def _suspect(self, process: MemberProcess) -> None:
+        coordinator = self.coordinator
+        if coordinator is None or self.network.is_cut(coordinator, process):
+            return
+        self.clock.after(0.0, coordinator, lambda: coordinator.suspect(process.me))
+
+    def restart(self, process: MemberProcess, seconds: float) -> None:
+        """A new incarnation, often at the old address."""
+        address = process.address if self.random.random() < 0.5 and not process.alive else ""
+        self.clock.after(seconds, None, lambda: self.start_member(process.role, address))
+
+    def resume_later(self, seconds: float) -> None:
+        def resume() -> None:
+            coordinator = self.coordinator
+            if coordinator is not None:
+                coordinator.control(Control.RESUME)
+            if coordinator is None or not coordinator.alive:
+                self.resume_later(seconds)
+
+        self.clock.after(seconds, None, resume)
+
+    # ---- what processes tell -------------------------------------------------------------------------------------------
 
     def decide(self, step: Step, records: Sequence[Record]) -> Decision:
-        norm, tally = sum(record.square_norm for record in records), Tally.over([record.tally for record in records])
-        return Decision(False, 1.0, norm, 0.1, records[0].tokens, 0.0, tally, 0, False, False)
+        return decide(step, records, config=self.config, loss_chunk=self.layout.loss_chunk)
 
-    # ---- a walk --------------------------------------------------------------------------------------------------------
+    def is_not_finite(self, step: int) -> bool:
+        """Whether the gradients of `step` are not: it will be skipped."""
+        return step in self._not_finite
 
-    def run(self, num_events_max: int = 4000) -> None:
-        for _ in range(num_events_max):
-            if all(core.version >= self.shape.num_steps for core in self.cores.values()):
-                break
-            self.event()
-            self.check()
+    def on_announced(self, coordinator: CoordinatorProcess, plan: Plan) -> None:
+        self.num["plans"] += 1
+        manifest = self.disk.manifests.get(plan.timeline.digest)
+        if plan.timeline.id not in self.oracle.lineages and plan.timeline.id:
+            self.num["roll-backs"] += 1
+        self.oracle.announce(plan, None if manifest is None else manifest.timeline)
+        self.say(f"plan {plan.number}: {plan.reason}")
+        for process in (*self.shards.values(), *self.workers.values()):
+            if process.alive:
+                self.network.tell(coordinator, process, lambda process=process: process.offer(plan))
 
-    def event(self) -> None:
-        roll = self.random.random()
-        if roll < 0.45 and self.network:
-            self.deliver()
-        elif roll < 0.95:
-            self.push()
-        else:
-            me = self.random.choice(list(self.cores))
-            self.do(me, self.cores[me].on_tick())
-            self.num["ticks"] += 1
+    def on_row(self, coordinator: CoordinatorProcess, row: TrainingRow) -> None:
+        """The coordinator takes a step for done: one that its timeline has decided, or that a checkpoint holds."""
+        timeline, step = coordinator.run.timeline.id, row.summary.step
+        decision = self.oracle.decisions.get((timeline, step))
+        if decision is None or decision.requests != row.summary.requests:
+            raise BrokenInvariant(f"4: timeline {timeline} has decided {decision} on step {step}, {coordinator} hears {row}")
 
-    def push(self) -> None:
-        """Any block of any lanes for the step whose version every chunk has published, or, as a late retry, the one before."""
-        version = min(self.published.values())
-        step = max(0, version - (self.random.random() < 0.1))
-        chunk = ChunkId(self.random.randrange(self.shape.num_chunks))
-        site = SiteIndex(self.random.randrange(2 if chunk in self.shape.tied_chunks else 1))
-        size = 1 << self.random.randrange(self.shape.num_lanes.bit_length())
-        block = Block(Lane(self.random.randrange(self.shape.num_lanes // size) * size), size)
-        contribution = Contribution(self.plan.timeline.id, Step(step), block, site, chunk, block.size, 0.0)
-        owner = self.plan.placements[chunk].primary
-        if owner not in self.cores:
-            return
-        answer, effects = self.cores[owner].on_push(contribution)
-        self.num[answer.outcome.value] += 1
-        if answer.outcome is Outcome.COUNTED:
-            self.do(owner, effects, value=canonical_lanes(step, block.first, block.size))
+    def on_applied(self) -> None:
+        self.num["applied"] += 1
 
-    def deliver(self) -> None:
-        mail = self.network.pop(self.random.randrange(len(self.network)))
-        if self.random.random() < self.shape.lose or mail.to not in self.cores:
-            self.num["lost"] += 1
-            return
-        if self.random.random() < self.shape.double:
-            self.network.append(mail)
-            self.num["doubled"] += 1
-        core = self.cores[mail.to]
-        try:
-            effects = core.on_message(mail.envelope)
-        except StaleError:
-            self.num["stale"] += 1
-            return
-        self.num["delivered"] += 1
-        self.do(mail.to, effects, value=mail.value, mail=mail)
-        sender = self.cores.get(mail.envelope.sender)
-        if sender is not None and self.random.random() >= self.shape.lose:
-            sender.on_delivered(mail.to, mail.envelope.message)
+    def on_shard_event(self, shard: ShardProcess) -> None:
+        before = self.num["applied"]
+        self.oracle.inspect(shard, self.shards.values())
+        if before != self.num["compared"]:
+            self.num["compared"] = before
+            self.oracle.compare(self.shards.values())
+        if shard.has_left:
+            self.kill(shard)
 
-    # ---- effects -------------------------------------------------------------------------------------------------------
+    def check_part(self, commit: CommitCheckpoint, chunk: ChunkId, history: History, other: History | None) -> None:
+        """A part of a checkpoint is what was published of its version."""
+        published = self.oracle.published.get((commit.timeline, chunk, commit.version))
+        if history != published or (other is not None and history != other):
+            raise BrokenInvariant(
+                f"8: the checkpoint of version {commit.version} has {history} of chunk {chunk}, not {published}"
+            )
 
-    def do(self, me: Incarnation, effects: Sequence[Effect], value: object = "", mail: Mail | None = None) -> None:
-        todo, tensors = list(effects), self.tensors[me]
-        while todo:
-            effect = todo.pop(0)
-            match effect:
-                case Keep():
-                    tensors.partials[effect.chunk, effect.site, effect.block] = str(value)
-                case Join(chunk=chunk, site=site, left=left, right=right):
-                    low, high = tensors.partials.pop((chunk, site, left)), tensors.partials.pop((chunk, site, right))
-                    tensors.partials[chunk, site, left.parent] = f"({low}+{high})"
-                case Close(chunk=chunk):
-                    todo += self.close(me, chunk)
-                case KeepSum(chunk=chunk):
-                    tensors.sums[chunk] = str(value)
-                case KeepState(chunk=chunk):
-                    assert mail is not None
-                    tensors.parameters[chunk] = mail.history
-                    tensors.sums.pop(chunk, None)
-                    if effect.with_sum:
-                        tensors.sums[chunk] = str(value)
-                case Apply(chunk=chunk):
-                    tensors.parameters[chunk] = (*tensors.parameters[chunk], tensors.sums.pop(chunk))
-                    self.num["applied"] += 1
-                case Publish(chunk=chunk, version=version):
-                    self.published[chunk] = max(version, self.published.get(chunk, version))
-                case DropSums(chunk=chunk, keep_closed=keep_closed):
-                    tensors.partials = {key: each for key, each in tensors.partials.items() if key[0] != chunk}
-                    if not keep_closed:
-                        tensors.sums.pop(chunk, None)
-                case Forget(chunk=chunk):
-                    tensors.parameters.pop(chunk, None)
-                    tensors.sums.pop(chunk, None)
-                    tensors.partials = {key: each for key, each in tensors.partials.items() if key[0] != chunk}
-                case Load(chunks=chunks):
-                    tensors.parameters.update(dict.fromkeys(chunks, ()))
-                case Send(to=to, envelope=envelope):
-                    self.post(tensors, to, envelope)
-                case Announce(step=step, decision=decision):
-                    if self.decisions.setdefault(step, decision) != decision:
-                        raise BrokenInvariant(f"4: two decisions of step {step}")
-                case Alarm(text=text):
-                    raise BrokenInvariant(f"alarm: {text}")
-                case Checkpoint() | AskInSync():
-                    self.num[type(effect).__name__] += 1
-
-    def close(self, me: Incarnation, chunk: ChunkId) -> list[Effect]:
-        tensors = self.tensors[me]
-        whole = Block(Lane(0), self.shape.num_lanes)
-        sites = range(2 if chunk in self.shape.tied_chunks else 1)
-        parts = [tensors.partials.pop((chunk, SiteIndex(site), whole)) for site in sites]
-        total = tensors.sums[chunk] = "+".join(parts)
-        return self.cores[me].on_measured(chunk, square_norm=1.0, digest=zlib.crc32(total.encode()))
-
-    def post(self, tensors: Tensors, to: Incarnation, envelope: Envelope) -> None:
-        message: Message = envelope.message
-        value, history = "", ()
-        if isinstance(message, Replicate):
-            value = tensors.sums[message.record.chunk]
-        elif isinstance(message, Refill):
-            history = tensors.parameters[message.chunk]
-            value = tensors.sums.get(message.chunk, "")
-        elif isinstance(message, Records):
-            self.num["records"] += len(message.records)
-        self.network.append(Mail(to, envelope, value, history))
-
-    # ---- what must hold after every event -----------------------------------------------------------------------------
-
-    def check(self) -> None:
-        versions = [core.version for core in self.cores.values() if core.chunks]
-        if max(versions) - min(versions) > 1:
-            raise BrokenInvariant(f"4: shards at versions {versions}")
-        for me, core in self.cores.items():
-            for chunk, held in core.chunks.items():
-                history = self.tensors[me].parameters[chunk]
-                if history != self.expected(chunk, held.version):
-                    raise BrokenInvariant(f"1, 2: chunk {chunk} at version {held.version} on {me} is {history}")
-                if (held.closed is not None) != (chunk in self.tensors[me].sums):
-                    raise BrokenInvariant(f"1: chunk {chunk} on {me}: record and sum do not go together")
-
-    def expected(self, chunk: ChunkId, version: int) -> tuple[str, ...]:
-        def total(step: int) -> str:
-            lanes = canonical_lanes(step, 0, self.shape.num_lanes)
-            return f"{lanes}+{lanes}" if chunk in self.shape.tied_chunks else lanes
-
-        return tuple(total(step) for step in range(version))
+    @property
+    def version(self) -> Version:
+        """The newest published."""
+        return Version(self.oracle.version)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from coordinator.core.events import RunState
+from coordinator.core.events import Heartbeat, RunState
 from coordinator.core.run import Run
 from shardlane.plan import Plan
 from tests.coordinator.cast import beat, deeds, fresh_run, incarnation, join, small_config, summary
@@ -23,6 +23,9 @@ def plan_of(run: Run) -> Plan:
 
 
 def train_to(run: Run, version: int, now: float = 1.0) -> None:
+    for state in run.members.states:  # everybody has heard of the plan
+        if state.registration.role == "worker":
+            run.on_heartbeat(Heartbeat(state.registration.incarnation, plan_of(run).number, run.version), now)
     run.on_heartbeat(beat(run, "shard 1", *(summary(step) for step in range(run.version, version))), now)
     assert run.version == version
 

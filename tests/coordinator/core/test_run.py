@@ -40,8 +40,10 @@ from tests.coordinator.core.lives import EVERYBODY, fall_silent, plan_of, train_
 def checkpoint(run: Run, version: int, shards: tuple[str, str] = ("shard 1", "shard 2")) -> None:
     """Both shards' parts are durable, and the manifest is written."""
     half = num_chunks(run.config) // 2
-    assert run.on_checkpoint_part(part(run.config, shards[0], version, range(half))) == (None, [])
-    _, effects = run.on_checkpoint_part(part(run.config, shards[1], version, range(half, num_chunks(run.config))))
+    assert run.on_checkpoint_part(part(run.config, shards[0], version, range(half), timeline=run.timeline.id)) == (None, [])
+    _, effects = run.on_checkpoint_part(
+        part(run.config, shards[1], version, range(half, num_chunks(run.config)), timeline=run.timeline.id)
+    )
     (commit,) = effects
     assert isinstance(commit, CommitCheckpoint) and commit.version == version
     run.on_checkpoint_committed(CheckpointMark(Version(version), f"digest of {version}"))

@@ -1,0 +1,122 @@
+"""What neighbouring stages send one another, as `worker_service/inbox.py` and `links.py` do it, without budgets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from shardlane.ids import Incarnation, Lane, PlanNumber, Version
+from tests.sim.network import RefusedError
+from worker_service.core import events
+
+if TYPE_CHECKING:
+    from tests.sim.worker import WorkerProcess
+
+RETRY_SECONDS = 0.1
+ACTIVATION, GRADIENT, VALIDATION = "activation", "gradient", "validation"
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """`index` is a micro-batch, of which a lane has one. A word says that its lane is asked for, or will run again."""
+
+    kind: str
+    version: Version
+    index: int
+    is_word: bool = False
+
+    @property
+    def key(self) -> tuple[str, int, int]:
+        return self.kind, self.version, self.index
+
+
+class Inbox:
+    """What has come and was not used yet."""
+
+    def __init__(self, worker: WorkerProcess) -> None:
+        self._worker = worker
+        self._number = PlanNumber(0, 0)
+        self._is_seated = False
+        self._version = Version(0)
+        self.items: set[tuple[str, int, int]] = set()
+        self._known: set[tuple[str, int, int]] = set()
+
+    def open(self, number: PlanNumber, is_seated: bool) -> None:
+        self._number, self._is_seated, self._version = number, is_seated, Version(0)
+        self.items.clear()
+        self._known.clear()
+
+    def begin(self, version: Version) -> None:
+        self._version = version
+        self.items = {key for key in self.items if key[1] >= version}
+        self._known = {key for key in self._known if key[1] >= version}
+
+    def run_again(self, version: Version, lane: Lane) -> None:
+        void = {(ACTIVATION, version, lane), (GRADIENT, version, lane)}
+        self.items -= void
+        self._known -= void
+
+    def receive(self, number: PlanNumber, item: Item) -> None:
+        worker = self._worker
+        if number > self._number:
+            worker.post(events.PeerReseated(number))
+        if number > self._number:  # the real one waits; here the sender comes again
+            raise RefusedError("not ready")
+        if not self._is_seated or number < self._number:
+            raise RefusedError("stale")
+        if item.is_word:
+            lane = Lane(item.index)
+            word = events.LaneAsked if item.kind == GRADIENT else events.LaneTold
+            worker.post(word(item.version, lane))
+            return
+        if item.version > self._version:
+            worker.post(events.PeerAhead(item.version))
+        if number == self._number and self._is_seated and item.version >= self._version and item.key not in self._known:
+            self._known.add(item.key)
+            self.items.add(item.key)
+            worker.pump()
+
+
+class Link:
+    """One direction to one neighbour: in order, and again from the open step's first item when it breaks."""
+
+    def __init__(self, worker: WorkerProcess, receiver: Incarnation, number: PlanNumber) -> None:
+        self._worker, self._receiver, self._number = worker, receiver, number
+        self._items: list[Item] = []
+        self._next = 0
+        self._is_busy = False
+        self._closed = False
+
+    def send(self, item: Item) -> None:
+        self._items.append(item)
+        self._send_next()
+
+    def begin(self, version: Version) -> None:
+        self._next -= sum(item.version < version for item in self._items[: self._next])
+        self._items = [item for item in self._items if item.version >= version]
+
+    def close(self) -> None:
+        self._closed = True
+
+    def _send_next(self) -> None:
+        if self._closed or self._is_busy or self._next >= len(self._items):
+            return
+        item, worker = self._items[self._next], self._worker
+        self._next += 1
+        self._is_busy = True
+        neighbour = worker.world.workers.get(self._receiver)
+
+        def on_reply(_: object) -> None:
+            self._is_busy = False
+            self._send_next()
+
+        def on_failure(_: RefusedError | None) -> None:
+            if not self._closed:
+                self._next = 0
+                worker.clock.after(RETRY_SECONDS, worker, lambda: on_reply(None))
+
+        def handle() -> None:
+            if neighbour is not None:
+                neighbour.inbox.receive(self._number, item)
+
+        worker.network.call(worker, neighbour, handle, on_reply, on_failure)
