@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple, assert_never
 
+from coordinator.core.beginning import Beginning, Saved
 from coordinator.core.events import (
     NO_CHECKPOINT,
     Announce,
@@ -29,7 +30,6 @@ from coordinator.core.events import (
     ValidationRow,
 )
 from coordinator.core.progress import Checkpoints
-from coordinator.core.beginning import Beginning, Saved
 from coordinator.core.run import Run
 from shardlane.ids import ChunkId, Incarnation, RunId, Timeline, Version
 from shardlane.plan import Plan

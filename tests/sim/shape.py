@@ -10,7 +10,6 @@ from shardlane import config as configs
 from shardlane.config import Config
 from tests.sim.network import Weather
 
-
 FAIR = Weather()
 CALM = Weather(lose=0.0, double=0.0, linger=0.0, loiter=0.0)
 BAD = Weather(lose=0.12, double=0.15, linger=0.10, loiter=0.01)
