@@ -29,7 +29,7 @@ help:
 	@echo '                   make setup TORCH_INDEX=https://download.pytorch.org/whl/cu130'
 	@echo '  make check     what a change must pass: format, lint, types, protos, YAML, then the tests'
 	@echo '  make proto     generates shardlane/pb anew from protos/ (in .venv-proto, with pinned tools)'
-	@echo '  make bench     ratios against peers measured in the same run: transport, pipeline'
+	@echo '  make bench     ratios against peers measured in the same run: transport, pipeline, replication, straggler'
 	@echo '  make evidence  the long tests and the benchmarks; figures land under docs/evidence/'
 	@echo '  make up, down  the same training in containers, with Prometheus: docker compose up, down (volumes stay)'
 	@echo
@@ -80,11 +80,24 @@ $(PROTO_STAMP):
 bench: setup
 	.venv/bin/python -m benchmarks.transport
 	.venv/bin/python -m benchmarks.pipeline
+	.venv/bin/python -m benchmarks.replication
+	.venv/bin/python -m benchmarks.straggler
 
+# Faults come soon after the cluster is whole again.
+HASTE = --worker-mtbf 1 --shard-mtbf 1 --coordinator-mtbf 1
 evidence: setup
 	$(PYTEST) -m slow --timeout 7200
 	.venv/bin/python -m benchmarks.transport --json docs/evidence/transport.json
 	.venv/bin/python -m benchmarks.pipeline --json docs/evidence/pipeline.json
+	.venv/bin/python -m benchmarks.replication --json docs/evidence/replication.json
+	.venv/bin/python -m benchmarks.outage --json docs/evidence/outage.json
+	.venv/bin/python -m benchmarks.straggler --json docs/evidence/straggler.json
+	rm -rf runs/evidence # a run in an old folder would go on from there
+	.venv/bin/shardlane chaos --run-dir runs/evidence/kills --stages 3 --faults 30 $(HASTE) --check --json docs/evidence/chaos.json
+	.venv/bin/shardlane chaos --run-dir runs/evidence/hangs --faults 5 --kinds stop,half-open $(HASTE) --check \
+	  --json docs/evidence/chaos-hangs.json
+	.venv/bin/shardlane chaos --run-dir runs/evidence/pairs --faults 10 --pairs worker+shard,shard+coordinator $(HASTE) --check \
+	  --json docs/evidence/chaos-pairs.json
 
 up:
 	docker compose up --detach --wait --build

@@ -8,22 +8,20 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from shardlane.machine import machine
+
 Samples = list[float]
-VERSIONS_OF = ("shardlane", "torch", "grpcio", "protobuf", "numpy")
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,25 +48,30 @@ class Spread:
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """The least that a ratio must reach. None: that end is free."""
+    """Between what a ratio must lie: its median and quartiles. None: that end is free."""
 
-    median: float
+    median: float | None = None
     low: float | None = None
+    median_max: float | None = None
+    high_max: float | None = None
 
     def misses(self, ratio: Spread) -> list[str]:
-        """What falls short, in words."""
+        """What falls short or goes beyond, in words."""
         found = []
-        if ratio.median < self.median:
-            found.append(f"median {ratio.median:.3f} < {self.median:g}")
-        if self.low is not None and ratio.low < self.low:
-            found.append(f"low {ratio.low:.3f} < {self.low:g}")
+        for name, value, least in (("median", ratio.median, self.median), ("low", ratio.low, self.low)):
+            if least is not None and value < least:
+                found.append(f"{name} {value:.3f} < {least:g}")
+        for name, value, most in (("median", ratio.median, self.median_max), ("high", ratio.high, self.high_max)):
+            if most is not None and value > most:
+                found.append(f"{name} {value:.3f} > {most:g}")
         return found
 
     def as_json(self) -> dict[str, float]:
-        return {"median": self.median} | ({} if self.low is None else {"low": self.low})
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
     def __str__(self) -> str:
-        return f">= {self.median:g}" + ("" if self.low is None else f", low >= {self.low:g}")
+        signs = {"median": ">=", "low": "low >=", "median_max": "<=", "high_max": "high <="}
+        return ", ".join(f"{signs[name]} {value:g}" for name, value in self.as_json().items())
 
 
 def alternate(subjects: Mapping[str, Callable[[], float]], *, rounds: int, warm_up: int = 1) -> dict[str, Samples]:
@@ -153,34 +156,6 @@ def _figures(spread: Spread) -> tuple[str, str, str]:
 
 def _of_gpu(where: Mapping[str, Any]) -> str:
     return f", {where['gpu']}" if where.get("gpu") else ""
-
-
-def machine() -> dict[str, Any]:
-    """Processor, cores that this process may use, GPU if torch is loaded and sees one, and versions."""
-    versions = {}
-    for package in VERSIONS_OF:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    found: dict[str, Any] = {
-        "cpu": _cpu_name(),
-        "cores": len(os.sched_getaffinity(0)),
-        "system": platform.platform(),
-        "python": platform.python_version(),
-        "versions": versions,
-    }
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_available():
-        found["gpu"] = torch.cuda.get_device_name(0)
-    return found
-
-
-def _cpu_name() -> str:
-    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.machine()
 
 
 def arguments(name: str, description: str | None, *, rounds: int) -> argparse.ArgumentParser:

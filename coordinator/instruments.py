@@ -25,6 +25,10 @@ class Instruments:
             "checkpoint_version": ("Of the newest complete checkpoint.", lambda: run.checkpoint.version),
             "plan_epoch": ("Membership epoch of the plan.", lambda: run.plan.number.epoch if run.plan else 0),
             "timeline_id": ("Roll-backs so far.", lambda: run.timeline.id),
+            "under_replicated_chunks": (
+                "Chunks with fewer copies in sync than they are to have.",
+                lambda: _under_replicated(run),
+            ),
             "run_state": ("1 gathering, 2 training, 3 paused, 4 finishing, 5 finished, 6 failed.", lambda: run.state),
         }
         for each, (help, read) in readings.items():
@@ -41,6 +45,14 @@ class Instruments:
         self.plans = metrics.counter(name("plans_total"), "Plans made.")
         self.checkpoint_failures = metrics.counter(name("checkpoint_failures_total"), "Checkpoints that were not taken.")
         self.write_failures = metrics.counter(name("write_failures_total"), "Writes of rows or state that are to be repeated.")
+
+
+def _under_replicated(run: Run) -> float:
+    if run.plan is None:
+        return 0
+    cluster = run.config.cluster
+    copies = cluster.num_copies(cluster.shards)
+    return sum(len(placement.in_sync) < copies for placement in run.plan.placements)
 
 
 def _count(run: Run, role: Role) -> float:

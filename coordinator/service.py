@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from coordinator.core.events import RunState
+from coordinator.doubts import Doubts
 from coordinator.servicer import CoordinatorServicer
 from coordinator.shell import Coordinator
 from shardlane import rpc
@@ -45,11 +46,12 @@ class CoordinatorService:
         except Exception:
             self._server.stop()
             raise
+        self.doubts = Doubts(self.coordinator)
         num_watches = min(WATCHES_MAX, 16 + 2 * self.coordinator.run.num_expected)
         self._watches = ThreadPoolExecutor(num_watches, thread_name_prefix="watch")
         handler = rpc.handler(
             SERVICE,
-            CoordinatorServicer(self.coordinator, num_watches),
+            CoordinatorServicer(self.coordinator, num_watches, self.doubts),
             pools={"WatchPlans": self._watches},
             observer=metrics.observer,
         )
@@ -91,11 +93,13 @@ class CoordinatorService:
             self._ticker.join()
         self.coordinator.close()
         self._server.stop()
+        self.doubts.close()
         self._watches.shutdown(wait=False)
 
     def _tick(self) -> None:
         while not self._stopping.wait(TICK_SECONDS):
             try:
                 self.coordinator.tick()
+                self.doubts.probe()
             except NotReadyError:  # fenced: whoever waits is told
                 return

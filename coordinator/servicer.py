@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import grpc
 
 from coordinator import translation
 from coordinator.core.membership import protocol_mismatch, wrong_run
+from coordinator.doubts import Doubts
 from coordinator.shell import Coordinator, UnknownMemberError
 from coordinator.status import state_to_wire, status_of
 from shardlane import rpc, wire
@@ -18,17 +18,15 @@ from shardlane.errors import IncompatibleError
 from shardlane.ids import PROTOCOL_VERSION, Incarnation
 from shardlane.pb import coordinator_pb2
 
-SUSPECTS_MAX = 8  # members looked after at a time, when their streams have broken
-
 
 class CoordinatorServicer:
     """`shardlane.coordinator.v1.Coordinator` over one run."""
 
-    def __init__(self, coordinator: Coordinator, num_watches: int) -> None:
+    def __init__(self, coordinator: Coordinator, num_watches: int, doubts: Doubts) -> None:
         """`num_watches`: threads that hold a WatchPlans."""
         self._coordinator = coordinator
         self._num_watches = num_watches
-        self._suspects = ThreadPoolExecutor(SUSPECTS_MAX, thread_name_prefix="suspect")
+        self._doubts = doubts
 
     def GetRun(self, request: coordinator_pb2.GetRunRequest, context: grpc.ServicerContext) -> coordinator_pb2.GetRunResponse:
         coordinator = self._coordinator
@@ -54,7 +52,7 @@ class CoordinatorServicer:
     ) -> coordinator_pb2.HeartbeatResponse:
         coordinator = self._coordinator
         with _not_found(context):
-            coordinator.heartbeat(translation.heartbeat_from_wire(request))
+            coordinator.heartbeat(translation.heartbeat_from_wire(request, coordinator.config.train.lanes))
         with coordinator.reading():
             return coordinator_pb2.HeartbeatResponse(
                 lease_seconds=coordinator.config.cluster.lease_seconds,
@@ -70,14 +68,17 @@ class CoordinatorServicer:
     ) -> Iterator[coordinator_pb2.WatchPlansResponse]:
         coordinator = self._coordinator
         crowd = max(1.0, len(coordinator.run.members.states) / self._num_watches)
+        incarnation = Incarnation(request.incarnation)
         is_over = threading.Event()
 
         def on_end() -> None:
             coordinator.wake()  # a watcher that is gone must not hold its thread
-            if not is_over.is_set():
-                self._suspects.submit(coordinator.suspect, Incarnation(request.incarnation))
+            self._doubts.closed(incarnation, is_broken=not is_over.is_set())
 
-        context.add_callback(on_end)
+        self._doubts.opened(incarnation)
+        if not context.add_callback(on_end):
+            self._doubts.closed(incarnation, is_broken=True)
+            return
         have = wire.number_from_wire(request.have)
         for plan in coordinator.plans_after(have, rpc.WAIT_SECONDS / crowd, context.is_active):
             yield coordinator_pb2.WatchPlansResponse(plan=wire.plan_to_wire(plan))

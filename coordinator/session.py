@@ -10,12 +10,14 @@ from coordinator.core.beginning import Beginning
 from coordinator.core.events import NO_CHECKPOINT, CheckpointMark
 from coordinator.core.membership import split_classes
 from coordinator.dataset import Dataset
+from coordinator.ledger_file import LedgerFile
 from coordinator.metrics_file import MetricsFile
 from coordinator.store import Snapshot, Store
 from shardlane import wire
 from shardlane.config import Config
 from shardlane.errors import CheckpointError
 from shardlane.ids import RunId, Timeline, Version
+from shardlane.ledger import Expected
 from shardlane.manifest import Manifest, check_resume, newest_complete, read_manifest
 from shardlane.pb import coordinator_pb2
 
@@ -24,6 +26,7 @@ from shardlane.pb import coordinator_pb2
 class Session:
     beginning: Beginning
     metrics_file: MetricsFile
+    ledger_file: LedgerFile
     snapshot: Snapshot  # of the store as it was found; its reports belong to this session only if `is_restart`
     is_restart: bool
 
@@ -37,8 +40,10 @@ def open_session(config: Config, dataset: Dataset, store: Store, *, run_dir: Pat
     identity = f"{config.mathematics_hash()} {dataset.digest}"
     plan = None if snapshot.plan is None else wire.plan_from_wire(coordinator_pb2.Plan.FromString(snapshot.plan))
     metrics_path = run_dir / "metrics.jsonl"
+    ledger_file = LedgerFile(run_dir / "ledger.jsonl", Expected.of(config))
     if plan is not None and snapshot.identity == identity and not snapshot.saved.finished and not fork:
         metrics_file = MetricsFile(metrics_path)
+        ledger_file.begin(plan.timeline, plan.reason)  # unless the one before us has written as much
         beginning = Beginning(
             run_id=plan.run_id,
             term=store.term,
@@ -51,7 +56,7 @@ def open_session(config: Config, dataset: Dataset, store: Store, *, run_dir: Pat
             classes=split_classes(manifest.numerics_class) if manifest is not None else {},
             saved=snapshot.saved,
         )
-        return Session(beginning, metrics_file, snapshot, is_restart=True)
+        return Session(beginning, metrics_file, ledger_file, snapshot, is_restart=True)
     if config.checkpoint.resume == "never" and manifest is not None:
         raise CheckpointError(
             f'checkpoint.resume is "never", but {root} holds version {manifest.version}; set it to "auto" to go on from there,'
@@ -60,7 +65,7 @@ def open_session(config: Config, dataset: Dataset, store: Store, *, run_dir: Pat
     if manifest is not None:
         check_resume(manifest, config, dataset.digest, dataset.tokenizer_hash, fork=fork)
     mark = _mark(manifest)
-    newest_timeline = max(snapshot.timeline, -1 if manifest is None else manifest.timeline)
+    newest_timeline = max(snapshot.timeline, ledger_file.timeline, -1 if manifest is None else manifest.timeline)
     timeline = Timeline(newest_timeline + 1, mark.version, mark.digest)
     run_id = _run_id(config, manifest, snapshot, is_same=snapshot.identity == identity)
     metrics_file = MetricsFile(metrics_path, mark.version)
@@ -74,7 +79,7 @@ def open_session(config: Config, dataset: Dataset, store: Store, *, run_dir: Pat
         validations=metrics_file.validations,
         classes=split_classes(manifest.numerics_class) if manifest is not None else {},
     )
-    return Session(beginning, metrics_file, snapshot, is_restart=False)
+    return Session(beginning, metrics_file, ledger_file, snapshot, is_restart=False)
 
 
 def _run_id(config: Config, manifest: Manifest | None, snapshot: Snapshot, *, is_same: bool) -> RunId:

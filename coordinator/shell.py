@@ -83,6 +83,7 @@ class Coordinator:
             self._store.close()
             raise UserError(f"cannot keep the run in {run_dir}: {error}; free the disk, or give another --run-dir") from error
         self._file = session.metrics_file
+        self._ledger = session.ledger_file
         self.run = Run(config, session.beginning, now=clock())
         self.run_id = self.run.run_id
         self._log = logger(role="coordinator", run=self.run_id, step=lambda: self.run.version)
@@ -197,8 +198,14 @@ class Coordinator:
 
         self._feed(lambda now: self.run.on_checkpoint_part(report), keep)
 
+    @property
+    def members(self) -> list[Incarnation]:
+        """Everybody whose lease runs."""
+        with self._changed:
+            return [state.registration.incarnation for state in self.run.members.states]
+
     def suspect(self, incarnation: Incarnation) -> None:
-        """A member's stream has broken. If nobody listens at its address any more it is dead; else its lease decides."""
+        """A member has no stream here. If nobody listens at its address any more it is dead; else its lease decides."""
         with self._changed:
             address = None if self._is_closed else self.run.members.address(incarnation)
             is_expected = address is not None and self.run.may_leave(incarnation, self._clock())
@@ -272,6 +279,7 @@ class Coordinator:
             while self._to_do:
                 self._do(self._to_do[0])
                 self._to_do.popleft()
+            self._ledger.flush()  # first: a step is acknowledged, and forgotten by the shards, once its row is durable
             self._file.flush()
             while self._validated:
                 self._store.settle_validation(self._validated.pop())
@@ -292,6 +300,7 @@ class Coordinator:
             case Announce(plan):
                 self._store.save_plan(wire.plan_to_wire(plan).SerializeToString(), plan.timeline.id)
                 self._announced = plan
+                self._ledger.begin(plan.timeline, plan.reason)
                 self._instruments.plans.inc()
             case KeepMember(registration):
                 self._store.keep_member(registration)
@@ -299,6 +308,7 @@ class Coordinator:
                 self._store.forget_member(incarnation)
             case TrainingRow(summary):
                 self._file.append(effect)
+                self._ledger.append(summary)
                 self._instruments.tokens.inc(summary.tokens)
                 if summary.skipped or summary.step % self.config.log.every_steps == 0:
                     self._log.info("trained", **values_of(effect))

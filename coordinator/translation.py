@@ -40,14 +40,15 @@ def registration_from_wire(request: coordinator_pb2.RegisterRequest) -> Registra
     )
 
 
-def heartbeat_from_wire(request: coordinator_pb2.HeartbeatRequest) -> Heartbeat:
+def heartbeat_from_wire(request: coordinator_pb2.HeartbeatRequest, num_lanes: int) -> Heartbeat:
+    """Raises `MalformedError`."""
     if len(request.steps) > STEPS_MAX:
         raise MalformedError(f"a heartbeat tells of {len(request.steps)} steps; at most {STEPS_MAX} fit")
     return Heartbeat(
         incarnation=Incarnation(request.incarnation),
         plan=wire.number_from_wire(request.plan),
         version=Version(request.version),
-        steps=tuple(map(_summary_from_wire, request.steps)),
+        steps=tuple(_summary_from_wire(each, num_lanes) for each in request.steps),
         activity=request.activity,
         caught_up={ChunkId(each.chunk): Incarnation(each.learner) for each in request.caught_up},
         lane_seconds=request.lane_seconds if math.isfinite(request.lane_seconds) else 0.0,
@@ -56,13 +57,14 @@ def heartbeat_from_wire(request: coordinator_pb2.HeartbeatRequest) -> Heartbeat:
     )
 
 
-def _summary_from_wire(summary: coordinator_pb2.StepSummary) -> StepSummary:
+def _summary_from_wire(summary: coordinator_pb2.StepSummary, num_lanes: int) -> StepSummary:
     return StepSummary(
         step=Step(summary.step),
         loss=summary.loss,
         grad_norm=summary.grad_norm,
         learning_rate=summary.learning_rate,
         tokens=summary.tokens,
+        tally=wire.tally_from_wire(summary.tally, num_lanes),
         skipped=summary.skipped,
         requests=summary.requests,
     )
@@ -77,6 +79,7 @@ def summary_to_wire(summary: StepSummary) -> coordinator_pb2.StepSummary:
         tokens=summary.tokens,
         skipped=summary.skipped,
         requests=summary.requests,
+        tally=wire.tally_to_wire(summary.tally),
     )
 
 

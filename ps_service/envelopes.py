@@ -11,6 +11,7 @@ from shardlane import wire
 from shardlane.chunks import byte_view
 from shardlane.errors import MalformedError
 from shardlane.ids import ChunkId, Incarnation, RunId, Step, Version
+from shardlane.partition import Layout
 from shardlane.pb import ps_pb2, tensor_pb2
 
 
@@ -23,18 +24,24 @@ def record_to_wire(record: Record) -> ps_pb2.Record:
         loss=record.loss,
         digest=record.digest,
         requests=record.requests,
+        tally=wire.tally_to_wire(record.tally),
     )
 
 
-def record_from_wire(record: ps_pb2.Record, num_chunks: int) -> Record:
-    """Raises `MalformedError` for a chunk that the model does not have."""
+def record_from_wire(record: ps_pb2.Record, layout: Layout, num_lanes: int) -> Record:
+    """Raises `MalformedError` for a chunk that the model does not have, and for a tally of other sites and lanes than it has."""
+    chunk = chunk_id(record.chunk, len(layout.chunks))
+    tally = wire.tally_from_wire(record.tally, num_lanes)
+    if tally.tables != layout.num_sites(chunk):
+        raise MalformedError(f"chunk {chunk} has {layout.num_sites(chunk)} sites; found a tally over {tally.tables}")
     return Record(
         Step(record.step),
-        chunk_id(record.chunk, num_chunks),
+        chunk,
         record.square_norm,
         record.tokens,
         record.loss,
         record.digest,
+        tally,
         record.requests,
     )
 
@@ -92,25 +99,29 @@ def _set_body(header: ps_pb2.DeliverRequest, message: Message) -> None:
             header.position.CopyFrom(ps_pb2.Position(chunk=message.chunk, version=message.version, closed=message.closed))
 
 
-def from_wire(request: ps_pb2.DeliverRequest, num_chunks: int) -> Envelope:
+def from_wire(request: ps_pb2.DeliverRequest, layout: Layout, num_lanes: int) -> Envelope:
     """Raises `MalformedError`."""
+    num_chunks = len(layout.chunks)
+
+    def one(message: ps_pb2.Record) -> Record:
+        return record_from_wire(message, layout, num_lanes)
 
     def records(messages: Iterable[ps_pb2.Record]) -> tuple[Record, ...]:
-        return tuple(record_from_wire(each, num_chunks) for each in messages)
+        return tuple(map(one, messages))
 
     message: Message
     match request.WhichOneof("body"):
         case "replicate":
             body = request.replicate
             compared = body.parameters_digest
-            message = Replicate(record_from_wire(body.record, num_chunks), records(body.previous), bool(compared), compared)
+            message = Replicate(one(body.record), records(body.previous), bool(compared), compared)
         case "ack":
             message = Ack(Step(request.ack.step), chunk_id(request.ack.chunk, num_chunks))
         case "records":
             message = Records(records(request.records.records))
         case "refill":
             refill = request.refill
-            closed = record_from_wire(refill.closed, num_chunks) if refill.HasField("closed") else None
+            closed = one(refill.closed) if refill.HasField("closed") else None
             message = Refill(
                 chunk_id(refill.chunk, num_chunks),
                 Version(refill.version),

@@ -183,7 +183,7 @@ class ShardServicer:
             self._check_run(header.run_id)
             if header.receiver != self._shard.me:
                 raise StaleError(f"{header.receiver} is gone; {self._shard.me} is here now")
-            envelope = envelopes.from_wire(header, len(self._layout.chunks))
+            envelope = envelopes.from_wire(header, self._layout, self._num_lanes)
             values = self._values(envelope, piece, pieces) if header.slice.total else []
             self._shard.deliver(envelope, values)
         plan = self._shard.plan

@@ -48,6 +48,7 @@ from ps_service.peers import Outbox, Parcel
 from ps_service.publication import Publications
 from ps_service.snapshots import SnapshotWriter
 from ps_service.store import TensorStore
+from shardlane import wire
 from shardlane.checkpoint import CheckpointReader
 from shardlane.config import Config
 from shardlane.errors import CheckpointError
@@ -131,6 +132,8 @@ class Shard:
             if self._core.plan is before:
                 return
             self.log.info("plan adopted", epoch=str(plan.number), reason=plan.reason)
+            if before is not None and before.timeline != plan.timeline:
+                self._summaries.clear()  # they are of steps that are void now
             self.publications.fail_waiting()
             if before is not None and plan.timeline != before.timeline:
                 self._summaries.clear()  # of steps that the coordinator would take for the new timeline's
@@ -335,5 +338,6 @@ class Shard:
                 tokens=decision.tokens,
                 skipped=decision.skipped,
                 requests=decision.requests,
+                tally=wire.tally_to_wire(decision.tally),
             )
         )

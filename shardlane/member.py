@@ -31,6 +31,7 @@ BEAT_SECONDS_MAX = 0.5  # heartbeats come at a quarter of the lease, at least so
 ENDING_BEAT_SECONDS = 0.2  # the end of a run, or that one may go, is worth knowing soon
 BEAT_DEADLINE_SECONDS = 2.0
 RETRY_SECONDS = 0.5
+PATIENCE_SECONDS = 60.0  # with a coordinator that does not answer when a process begins
 REPORTS_MAX = 4096  # that wait for the coordinator; the oldest gives way
 _SERVICE = coordinator_pb2.DESCRIPTOR.services_by_name["Coordinator"]
 _REFUSED = (grpc.StatusCode.FAILED_PRECONDITION, grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.UNIMPLEMENTED)
@@ -63,7 +64,7 @@ def new_incarnation(role: Role) -> Incarnation:
     return Incarnation(f"{role}-{secrets.token_hex(4)}")
 
 
-def fetch_run(coordinator: str, *, run_id: str = "", patience_seconds: float = 60.0) -> RunInfo:
+def fetch_run(coordinator: str, *, run_id: str = "", patience_seconds: float = PATIENCE_SECONDS) -> RunInfo:
     """Asks the coordinator which run it has, again and again while it does not answer.
 
     Raises `UnreachableError` once patience is over; `UserError` with the reason if it runs another run or protocol.
@@ -148,10 +149,20 @@ class Membership:
         """Of a failure."""
         return self._reply.reason
 
-    def register(self) -> None:
-        """Raises `UserError` with the reason of a refusal, `UnreachableError`."""
-        with rpc.user_errors(f"the coordinator at {self._coordinator}"):
-            response = self._beat_client.Register(self._registration, timeout=rpc.CONTROL_DEADLINE_SECONDS)
+    def register(self, *, patience_seconds: float = PATIENCE_SECONDS) -> None:
+        """Again and again while the coordinator does not answer: it may be starting again just now.
+
+        Raises `UserError` with the reason of a refusal, `UnreachableError` once patience is over.
+        """
+        end = time.monotonic() + patience_seconds
+        while True:
+            try:
+                with rpc.user_errors(f"the coordinator at {self._coordinator}"):
+                    response = self._beat_client.Register(self._registration, timeout=rpc.CONTROL_DEADLINE_SECONDS)
+                break
+            except UnreachableError:
+                if time.monotonic() >= end or self._stopping.wait(RETRY_SECONDS):
+                    raise
         self._lease_seconds = response.lease_seconds
 
     def start(

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+from urllib.parse import parse_qs
 
 import grpc
 from prometheus_client import (
@@ -217,12 +218,17 @@ class _Page(BaseHTTPRequestHandler):
     server: _Http
     protocol_version = "HTTP/1.1"
     timeout = 30  # seconds that a silent connection may hold its thread
+    wbufsize = -1  # head and body leave together: apart, the second would wait for the acknowledgement of the first
 
     def do_GET(self) -> None:
-        match self.path.partition("?")[0]:
+        path, _, query = self.path.partition("?")
+        match path:
             case "/metrics":
                 encode, content_type = choose_encoder(self.headers.get("Accept", ""))
-                self._answer(HTTPStatus.OK, encode(self.server.registry), content_type)
+                # `?name[]=…`, as every Prometheus client has it: who asks for one gauge often need not cost much
+                names = parse_qs(query).get("name[]")
+                registry = self.server.registry.restricted_registry(names) if names else self.server.registry
+                self._answer(HTTPStatus.OK, encode(registry), content_type)
             case "/healthz":
                 healthy = self.server.is_healthy()
                 status = HTTPStatus.OK if healthy else HTTPStatus.SERVICE_UNAVAILABLE

@@ -19,6 +19,7 @@ from shardlane.lanes import Block, is_block
 from shardlane.partition import StageLayers
 from shardlane.pb import coordinator_pb2, tensor_pb2
 from shardlane.plan import Member, Placement, Plan, Replica
+from shardlane.tally import LaneRun, Tally, are_runs
 
 PAYLOAD_FIELD = 15
 PAYLOAD_BYTES = 4 << 20
@@ -179,6 +180,20 @@ def block_from_wire(block: tensor_pb2.Block, num_lanes: int) -> Block:
     if not is_block(block.first, block.size, num_lanes):
         raise MalformedError(f"lanes {block.first}+{block.size} are no aligned block of {num_lanes} lanes")
     return Block(Lane(block.first), block.size)
+
+
+def tally_to_wire(tally: Tally) -> tensor_pb2.Tally:
+    return tensor_pb2.Tally(tables=tally.tables, runs=[tensor_pb2.LaneRun(**run._asdict()) for run in tally.runs])
+
+
+def tally_from_wire(tally: tensor_pb2.Tally, num_lanes: int) -> Tally:
+    """Raises `MalformedError` unless it is over a table and names each of `num_lanes` lanes once, in order."""
+    if len(tally.runs) > num_lanes:
+        raise MalformedError(f"a tally of {len(tally.runs)} runs of lanes; the run has {num_lanes} lanes")
+    runs = tuple(LaneRun(run.first, run.size, run.least, run.most) for run in tally.runs)
+    if not tally.tables or not are_runs(runs, num_lanes):
+        raise MalformedError(f"a tally over {tally.tables} tables that does not name each of {num_lanes} lanes once, in order")
+    return Tally(tally.tables, runs)
 
 
 def number_to_wire(number: PlanNumber) -> tensor_pb2.PlanNumber:

@@ -16,11 +16,10 @@ SHIPPED = ("shardlane", *SERVICES, "benchmarks")
 PURE, LIBRARY, CORE, WIRE, SHELL, SERVICER, TOP = range(7)
 # shardlane's modules by floor; one that is not named here stands on LIBRARY. A floor imports itself and what lies below.
 FLOORS = {
-    **dict.fromkeys(
-        ("", "__version__", "ids", "errors", "config", "partition", "lanes", "samples", "rates", "plan", "cadence"), PURE
-    ),
+    **dict.fromkeys(("", "__version__", "ids", "errors", "config", "partition", "lanes", "samples", "rates", "plan"), PURE),
+    **dict.fromkeys(("cadence", "tally", "ledger"), PURE),
     **dict.fromkeys(("pb", "wire", "rpc", "metrics", "member"), WIRE),
-    "cli": TOP,
+    **dict.fromkeys(("cli", "chaos"), TOP),
 }
 # Third-party packages that a floor may not import while it is below another.
 FIRST_FLOOR_OF = {"torch": LIBRARY, "numpy": LIBRARY, "grpc": WIRE, "google": WIRE, "prometheus_client": WIRE}

@@ -25,7 +25,7 @@ RETRY_SECONDS = 0.1
 NEWS_SECONDS = 5.0  # a stream that breaks for the reason of the one before is news only if it lasted so long
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Item:
     kind: int
     version: Version
@@ -70,7 +70,7 @@ class Link:
         """What belongs to earlier steps need not arrive any more."""
         with self._changed:
             gone = [item for item in self._items if item.version < version]
-            self._next = max(0, self._next - sum(item in gone for item in self._items[: self._next]))
+            self._next -= sum(item.version < version for item in self._items[: self._next])
             self._items = [item for item in self._items if item.version >= version]
             self._drop(gone)
 

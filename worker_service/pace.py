@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 _RUNS_MIN = 3  # the first ones in a seat touch new memory
-_NEWS = 0.3  # weight of the newest run
+_NEWS = 0.2  # weight of the newest run
 
 
 class Pace:

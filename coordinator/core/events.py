@@ -8,6 +8,7 @@ from enum import Enum, IntEnum
 
 from shardlane.ids import ChunkId, Incarnation, PlanNumber, RunId, Step, Version
 from shardlane.plan import Plan, Role
+from shardlane.tally import Tally
 
 
 class RunState(IntEnum):
@@ -52,6 +53,7 @@ class StepSummary:
     grad_norm: float
     learning_rate: float
     tokens: int
+    tally: Tally  # how often each lane was counted, over all sites of all chunks
     skipped: bool = False
     requests: int = 0  # REQUEST_* bits that took effect with this step
 
@@ -140,7 +142,7 @@ class ForgetMember:
 
 @dataclass(frozen=True, slots=True)
 class TrainingRow:
-    """Append to metrics.jsonl."""
+    """Append to metrics.jsonl and to ledger.jsonl."""
 
     summary: StepSummary
     tokens_per_second: float  # 0: not known

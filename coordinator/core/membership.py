@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -62,6 +63,7 @@ class Members:
         self._classes: dict[Role, str] = dict(classes or {})
         self._states: dict[Incarnation, MemberState] = {}
         self._ticked_seconds: float | None = None
+        self._awake_seconds = -math.inf  # since when this coordinator has been there without a break
 
     def __contains__(self, incarnation: str) -> bool:
         return incarnation in self._states
@@ -85,6 +87,7 @@ class Members:
 
     def restore(self, registrations: Iterable[Registration], now: float) -> None:
         """Members of before this coordinator's start: a lease of grace, within which they speak up or are dead."""
+        self._awake_seconds = now
         for each in registrations:
             self._states[each.incarnation] = MemberState(each, now + 2 * self.lease_seconds, now)
             self._classes.setdefault(each.role, each.numerics_class)
@@ -145,10 +148,12 @@ class Members:
     def _renew(self, state: MemberState, now: float) -> None:
         """The lease is measured: a few of the member's own intervals, between `SILENCE_SECONDS_MIN` and `lease_seconds`."""
         interval, longest = now - state.heard_seconds, state.interval_seconds
-        state.interval_seconds = max(interval, longest - _FORGETTING * (longest - interval))
+        is_late = self._ticked_seconds is not None and now - self._ticked_seconds > _STALL_SECONDS
+        if state.heard_seconds > self._awake_seconds and not is_late:  # else it is our own absence that would be measured
+            state.interval_seconds = max(interval, longest - _FORGETTING * (longest - interval))
         state.heard_seconds = now
-        patience = min(self.lease_seconds, max(SILENCE_SECONDS_MIN, _SILENT_BEATS * state.interval_seconds))
-        state.lease_end_seconds = now + patience
+        measured = max(SILENCE_SECONDS_MIN, _SILENT_BEATS * state.interval_seconds)
+        state.lease_end_seconds = now + (min(self.lease_seconds, measured) if state.interval_seconds else self.lease_seconds)
 
     def drop(self, incarnation: Incarnation) -> bool:
         """Whether it was a member. One that lives nevertheless registers again."""
@@ -171,6 +176,7 @@ class Members:
         """Drops the silent; for how many seconds each was. While the coordinator itself stood still nobody was silent."""
         before, self._ticked_seconds = self._ticked_seconds, now
         if before is not None and (gap := now - before) > _STALL_SECONDS:
+            self._awake_seconds = now
             for state in self._states.values():
                 state.lease_end_seconds += gap
         silent = tuple(

@@ -127,8 +127,8 @@ class Planner:
             return f"{', '.join(going)} leaves"
         if len(seating.stages) != len(plan.stages):
             return f"there are workers for {len(seating.stages)} stages"
-        if {each.workers for each in seating.replicas} - {each.workers for each in plan.replicas}:
-            return f"there are workers for {len(seating.replicas)} replicas"
+        if _lanes(seating).keys() - {each.workers for each in plan.replicas}:
+            return f"there are workers for {len(_lanes(seating))} replicas"
         if present.diverged:
             return f"copies of {', '.join(present.diverged)} are wrong"
         learning = sum(each.learner is not None for each in placements)
@@ -136,7 +136,9 @@ class Planner:
             return f"{learning} chunks get another copy"
         if present.caught_up:
             return f"{len(present.caught_up)} new copies are complete"
-        return "lanes move to faster workers" if seating.chains != planned.chains else "a spare is gone before others have begun"
+        if seating.chains == planned.chains:
+            return "a worker is gone before others have begun in its place"
+        return "lanes move to faster workers" if _lanes(seating) != _lanes(planned) else "a replica's lag has changed"
 
     def _missing_workers(self, workers: Sequence[Incarnation], memory_bytes: Mapping[Incarnation, int]) -> list[str]:
         """What keeps `workers` from forming one replica: with fewer of them than stages, each takes more layers."""
@@ -244,6 +246,11 @@ class Planner:
 
     def next_timeline(self, present: Timeline | None, checkpoint: CheckpointMark) -> Timeline:
         return Timeline(0 if present is None else present.id + 1, checkpoint.version, checkpoint.digest)
+
+
+def _lanes(seating: Seating) -> dict[tuple[Incarnation, ...], object]:
+    """Of each replica that is no shadow."""
+    return {each.workers: each.blocks for each in seating.replicas if not each.is_shadow}
 
 
 def _has_lost_worker(plan: Plan | None, present: Present) -> bool:

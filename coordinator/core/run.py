@@ -36,7 +36,7 @@ from shardlane.ids import ChunkId, Incarnation, PlanNumber, Version
 from shardlane.partition import Layout
 from shardlane.plan import REQUEST_CHECKPOINT, REQUEST_STOP
 
-LOOK_SECONDS = 2.0  # between looks at how fast workers are
+LOOK_SECONDS = 4.0  # between looks at how fast workers are
 ADOPTION_SECONDS = 1.0  # that members have to hear of a plan which takes effect at a later version
 
 
@@ -74,6 +74,7 @@ class Run:
         self._looked_seconds = now
         self._caught_up: dict[ChunkId, Incarnation] = {}  # learners of the present plan
         self._diverged: dict[Incarnation, frozenset[ChunkId]] = {}  # copies dropped under it
+        self._ready: list[CommitCheckpoint] = []  # all parts are in
         self._told: set[Incarnation] = set()  # members that know that the run has ended
 
     # ---- what a shell may ask ------------------------------------------------------------------------------------------
@@ -171,7 +172,7 @@ class Run:
             for row in self.steps.take(beat.steps, now):
                 effects.append(row)
                 self._take_effect(row.summary.requests, Version(row.summary.step + 1))
-        effects += self._settle()
+        effects += [*self._commit_ready(), *self._settle()]
         has_news = self.plan is not None and beat.plan == self.plan.number and self._note_copies(beat)
         if member.is_leaving and not was_leaving:
             effects += [Note(f"{beat.incarnation} is leaving"), *self._note_leaving(now)]
@@ -216,7 +217,14 @@ class Run:
             numerics_class=self.members.numerics_class,
             parts=parts,
         )
-        return None, [commit]
+        self._ready.append(commit)
+        return None, self._commit_ready()
+
+    def _commit_ready(self) -> list[Effect]:
+        """A checkpoint is one only when the steps that lead to it are told: a resumed run would miss their rows."""
+        ready = [each for each in self._ready if each.version <= self.version]
+        self._ready = [each for each in self._ready if each.version > self.version]
+        return list(ready)
 
     def on_checkpoint_committed(self, mark: CheckpointMark) -> list[Effect]:
         if mark.version > self.checkpoint.version:
@@ -379,6 +387,7 @@ class Run:
         self.steps.rewind(version)
         self.validations.rewind(version)
         self.checkpoints.clear()
+        self._ready.clear()
         if self._departures.is_suspending:
             self._departures.is_suspending, self._end_version = False, None
             self._requests &= ~REQUEST_STOP

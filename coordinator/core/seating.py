@@ -16,8 +16,10 @@ from shardlane.lanes import Block
 from shardlane.partition import StageLayers
 from shardlane.plan import Replica
 
-UNEVEN = 1.5  # times slower than another: lanes move; less is noise
-WORTHWHILE = 1.25  # times as long as need be: they move again
+UNEVEN = 1.5  # times slower than another: lanes may move; less is noise
+WORTHWHILE = 1.4  # times as long as need be: they do
+LAGGING = 2.0  # times later than the first: another runs its lanes as well
+CAUGHT_UP = 1.4  # and no longer than until then
 
 Share = tuple[Block, ...]
 
@@ -108,9 +110,9 @@ def _shadows(
     of_row = dict(zip(rows, seconds, strict=True))
     due = {row: sum(block.size for block in share) * of_row[row] for row, share, _ in chains}
     latest = max(due, key=due.__getitem__)
-    is_lagging = all(due.values()) and due[latest] > UNEVEN * min(due.values())
+    before = [each.workers for each in previous if each.is_shadow]
+    is_lagging = all(due.values()) and due[latest] > (CAUGHT_UP if before else LAGGING) * min(due.values())
     if not is_lagging and len(chains) == len(rows):
         return []
-    before = [each.workers for each in previous if each.is_shadow]
     shadows = seat_workers(idle, stages=num_stages, replicas=1, previous=before)
     return [(row, share, True) for row in shadows for other, share, _ in chains if other == latest]

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from ps_service.core.messages import Answer, Contribution, Effect, Join, Keep, Outcome
 from shardlane.ids import Lane
 from shardlane.lanes import Block, blocks_of, join_upwards
+from shardlane.tally import Tally
 
 
 @dataclass(slots=True)
@@ -17,6 +18,7 @@ class SiteTable:
     partials: set[Block] = field(default_factory=set)
     tokens: int = 0
     losses: dict[Block, float] = field(default_factory=dict)
+    added: list[Block] = field(default_factory=list)  # every block that was kept: the ledger's own, whatever `counted` says
 
 
 @dataclass(slots=True)
@@ -44,6 +46,11 @@ class Barrier:
         """The step's loss sum, once complete."""
         return self.sites[0].losses[Block(Lane(0), self.num_lanes)]
 
+    @property
+    def tally(self) -> Tally:
+        """How often each lane was added in, over all sites."""
+        return Tally.over([Tally.of_table(table.added, self.num_lanes) for table in self.sites])
+
     def judge(self, site: int, block: Block) -> Answer:
         """What a contribution would be answered; changes nothing."""
         missing = block.mask & ~self.sites[site].counted
@@ -60,6 +67,7 @@ class Barrier:
         table.counted |= block.mask
         table.tokens += contribution.tokens
         table.losses[block] = contribution.loss
+        table.added.append(block)
         effects: list[Effect] = [Keep(chunk, site, block)]
         for left, right in join_upwards(table.partials, block, self.num_lanes):
             table.losses[left.parent] = table.losses.pop(left) + table.losses.pop(right)

@@ -10,6 +10,7 @@ from shardlane.cadence import checkpoints_at
 from shardlane.config import Config
 from shardlane.ids import ChunkId, Step
 from shardlane.plan import REQUEST_CHECKPOINT, REQUEST_STOP
+from shardlane.tally import Tally
 
 
 def decide(step: Step, records: Sequence[Record], *, config: Config, loss_chunk: ChunkId) -> Decision:
@@ -30,6 +31,7 @@ def decide(step: Step, records: Sequence[Record], *, config: Config, loss_chunk:
         ),
         tokens=tokens,
         loss=records[loss_chunk].loss / tokens if tokens else 0.0,
+        tally=Tally.over([record.tally for record in records]),
         requests=requests,
         checkpoint=stop or bool(requests & REQUEST_CHECKPOINT) or checkpoints_at(version, config),
         stop=stop,

@@ -7,6 +7,7 @@ from enum import Enum
 
 from shardlane.ids import ChunkId, Incarnation, PlanNumber, SiteIndex, Step, Timeline, Version
 from shardlane.lanes import Block
+from shardlane.tally import Tally
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +20,7 @@ class Record:
     tokens: int
     loss: float  # sum over the step's tokens, in nats; only on the loss chunk, else 0
     digest: int  # xxh3_64 of the sum's bytes
+    tally: Tally  # how often each lane was added in, over the chunk's sites
     requests: int = 0  # REQUEST_* bits
 
 
@@ -264,6 +266,7 @@ class Decision:
     learning_rate: float
     tokens: int
     loss: float  # mean over the step's tokens
+    tally: Tally  # how often each lane was counted, over all sites of all chunks
     requests: int  # REQUEST_* bits of any record, to be met at the next version by every shard
     checkpoint: bool  # write the next version
     stop: bool  # the next version is the run's last

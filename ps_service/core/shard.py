@@ -92,9 +92,8 @@ class ShardCore:
         """3. The sum has been taken: from now on sum, table and record are one unit."""
         held = self.chunks[chunk]
         held.measuring = False
-        held.closed = Record(
-            Step(held.version), chunk, square_norm, held.barrier.tokens, held.barrier.loss, digest, self.requests
-        )
+        barrier, step = held.barrier, Step(held.version)
+        held.closed = Record(step, chunk, square_norm, barrier.tokens, barrier.loss, digest, barrier.tally, self.requests)
         return [*self._replicate(chunk), *self._settle()]
 
     def on_plan(self, plan: Plan) -> list[Effect]:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from shardlane.cli.client import CoordinatorClient
 from shardlane.cli.live import View
@@ -50,24 +51,42 @@ def service_commands(config: Config, folder: RunFolder, config_file: Path, *, fo
     def members(coordinator: str) -> dict[str, Command]:
         shards = {f"shard-{index}": "ps_service" for index in range(cluster.shards)}
         workers = {f"worker-{index}": "worker_service" for index in range(cluster.stages * cluster.replicas)}
-        return {name: service(module, "--coordinator", coordinator) for name, module in (shards | workers).items()}
+        return {
+            name: service(module, "--coordinator", coordinator, "--ready-file", str(folder.ready_file(name)))
+            for name, module in (shards | workers).items()
+        }
 
     where = ("--config", str(config_file), "--run-dir", str(folder.path), "--ready-file", str(folder.coordinator_file))
     return Commands(service("coordinator", *where, *(["--fork-run"] if fork else [])), members)
 
 
+class Attendant(Protocol):
+    """Who looks after a cluster while it runs."""
+
+    def attend(self, cluster: Cluster) -> bool:
+        """Called at every turn of the watch until the run is stopped; whether that is to be now."""
+
+    def leave(self) -> None:
+        """The run is about to be stopped, for whatever reason. May be called more than once."""
+
+
 class Cluster:
     """One life of a run's processes. `run` may be called once."""
 
-    def __init__(self, config: Config, folder: RunFolder, view: View, commands: Commands) -> None:
+    def __init__(
+        self, config: Config, folder: RunFolder, view: View, commands: Commands, attendant: Attendant | None = None
+    ) -> None:
         self.status: GetStatusResponse | None = None  # the newest that was heard
+        self.heard_seconds = 0.0  # when: of `time.monotonic`
         self.complaint: list[str] = []  # lines for stderr, once the view is closed
         self._folder = folder
         self._view = view
         self._commands = commands
+        self._attendant = attendant
         self._supervisor = Supervisor(folder.logs, child_environment(os.environ, config.numerics.threads))
         self._stop_by_seconds: float | None = None  # the coordinator has until then to accept a stop
         self._started: dict[str, Command] = {}  # by name, to start what was killed again
+        self._settled: set[int] = set()  # processes that have been seen to serve
         self._restarts: dict[str, tuple[int, int]] = {}  # by name: the version at the last restart, restarts since
         self._next_status_seconds = 0.0
 
@@ -84,7 +103,7 @@ class Cluster:
                 self._started = {"coordinator": [*self._commands.coordinator, "--bind", address]}
                 for name, command in self._commands.members(address).items():
                     self._started[name] = command
-                    self._supervisor.start(name, command, _niceness(name))
+                    self._supervisor.start(name, command)
                 with CoordinatorClient(address) as client:
                     return self._watch(client, rows, interrupts)
         except KeyboardInterrupt:
@@ -93,11 +112,20 @@ class Cluster:
         finally:
             self._folder.coordinator_file.unlink(missing_ok=True)
 
+    @property
+    def children(self) -> Mapping[str, Child]:
+        """The present lives, by name."""
+        return {child.name: child for child in self._supervisor.children}
+
+    def note(self, text: str) -> None:
+        """A line for people."""
+        self._view.note(text)
+
     def _start_coordinator(self) -> str:
         """Its address. Raises `UserError`, in the coordinator's own words if it has said why."""
         ready = self._folder.coordinator_file
         ready.unlink(missing_ok=True)
-        child = self._supervisor.start("coordinator", self._commands.coordinator, _niceness("coordinator"))
+        child = self._supervisor.start("coordinator", self._commands.coordinator)
         if self._supervisor.wait_for_file(child, ready, START_SECONDS) and (address := self._folder.coordinator_address()):
             return address
         if words := own_words(child):
@@ -116,9 +144,13 @@ class Cluster:
             coordinator = self._supervisor.children[0]
             self._look(client, rows, is_serving=coordinator.status is None)
             self._start_killed_again()
+            self._give_way()
             if self._supervisor.failed and not self._has_finished:
                 return self._fail(client, rows)
-            if interrupts.requested.is_set() and not is_stopping:
+            wants_stop = self._attendant is not None and not is_stopping and self._attendant.attend(self)
+            if (interrupts.requested.is_set() or wants_stop) and not is_stopping:
+                if self._attendant is not None:
+                    self._attendant.leave()
                 try:
                     is_stopping = self._ask_to_stop(client)
                 except UserError as error:
@@ -148,7 +180,15 @@ class Cluster:
             if child.status is not None and child.status < 0 and count < MOST_RESTARTS:
                 self._view.note(f"{child.name} {child.how_it_ended}; starting it again")
                 self._restarts[child.name] = (version, count + 1)
-                self._supervisor.restart(child, self._started[child.name], _niceness(child.name))
+                self._supervisor.restart(child, self._started[child.name])
+
+    def _give_way(self) -> None:
+        """Once it serves, and no sooner: until then training may wait for a process, or stand without a copy because of it."""
+        for child in self._supervisor.running:
+            if child.pid not in self._settled and self._folder.ready(child.name).get("pid") == child.pid:
+                self._settled.add(child.pid)
+                if not child.name.startswith("worker"):
+                    child.give_way(SERVING_NICENESS)
 
     @property
     def _has_finished(self) -> bool:
@@ -162,11 +202,13 @@ class Cluster:
             return
         try:
             self.status = client.status(timeout_seconds=1.0)
+            self.heard_seconds = time.monotonic()
             self._view.show_status(self.status)
         except UserError:  # it is busy, or has just ended: its exit status will tell
             pass
         is_near_the_end = self.status is not None and self.status.state >= RunState.RUN_STATE_FINISHING
-        self._next_status_seconds = time.monotonic() + (_POLL_SECONDS if is_near_the_end else _STATUS_SECONDS)
+        is_wanted = is_near_the_end or self._attendant is not None
+        self._next_status_seconds = time.monotonic() + (_POLL_SECONDS if is_wanted else _STATUS_SECONDS)
 
     def _ask_to_stop(self, client: CoordinatorClient) -> bool:
         """Whether the coordinator has heard it, and the run will end by itself.
@@ -206,10 +248,6 @@ def own_words(child: Child) -> str:
     """What a person can mend, in the last line of a service that ended for it (`shardlane.process.run_main`); else empty."""
     lines = child.last_lines(1) if child.status == EXIT_USER_ERROR else []
     return lines[0].partition(": ")[2] if lines else ""
-
-
-def _niceness(name: str) -> int:
-    return 0 if name.startswith("worker") else SERVING_NICENESS
 
 
 def last_lines(child: Child) -> list[str]:

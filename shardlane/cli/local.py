@@ -12,6 +12,8 @@ import typer
 from shardlane.cli.arguments import ConfigCommand, ConfigFile, ForkRun, RunDir, load_config
 
 if TYPE_CHECKING:
+    from shardlane.cli.cluster import Attendant, Commands
+    from shardlane.cli.live import View
     from shardlane.cli.run_folder import RunFolder
     from shardlane.config import Config
     from shardlane.data import TokenFolder
@@ -57,7 +59,6 @@ def local(
 
 def train(config: Config, folder: RunFolder, *, fork: bool, with_sample: bool) -> int:
     """The exit status."""
-    from shardlane.cli.cluster import Cluster, service_commands
     from shardlane.cli.ending import print_ending
     from shardlane.cli.live import choose_view
 
@@ -66,20 +67,39 @@ def train(config: Config, folder: RunFolder, *, fork: bool, with_sample: bool) -
             print(f"{folder.path} is finished: version {config.train.last_step} is there; raise train.max_steps, or --fork-run")
             print_ending(config, folder, sample=with_sample)
             return 0
-        view = choose_view(every_steps=config.log.every_steps, last_step=config.train.last_step)
-        with view:
+        with choose_view(every_steps=config.log.every_steps, last_step=config.train.last_step) as view:
             resolved = resolve(config, open_data(config, folder, view.note).path)
-            proposed = folder.write_config(resolved, folder.path / "config.proposed.toml")
-            cluster = Cluster(resolved, folder, view, service_commands(resolved, folder, proposed, fork=fork))
-            try:
-                # The coordinator may refuse it; the folder then still says what its checkpoints were made with.
-                status = cluster.run(on_accepted=lambda: folder.write_config(resolved))
-            finally:
-                proposed.unlink(missing_ok=True)
-        print(*cluster.complaint, sep="\n", end="\n" if cluster.complaint else "", file=sys.stderr, flush=True)
+            status, complaint = run_cluster(resolved, folder, view, fork=fork)
+        print(*complaint, sep="\n", end="\n" if complaint else "", file=sys.stderr, flush=True)
         if status == 0:
             print_ending(resolved, folder, sample=with_sample)
         return status
+
+
+def run_cluster(
+    config: Config,
+    folder: RunFolder,
+    view: View,
+    *,
+    fork: bool = False,
+    attendant: Attendant | None = None,
+    arrange: Callable[[Commands], Commands] = lambda commands: commands,
+) -> tuple[int, list[str]]:
+    """The exit status, and lines for stderr once the view is closed. `config` is resolved, the folder locked.
+
+    `arrange` may change what the processes are started with.
+    """
+    from shardlane.cli.cluster import Cluster, service_commands
+
+    proposed = folder.write_config(config, folder.path / "config.proposed.toml")
+    commands = arrange(service_commands(config, folder, proposed, fork=fork))
+    cluster = Cluster(config, folder, view, commands, attendant)
+    try:
+        # The coordinator may refuse it; the folder then still says what its checkpoints were made with.
+        status = cluster.run(on_accepted=lambda: folder.write_config(config))
+    finally:
+        proposed.unlink(missing_ok=True)
+    return status, cluster.complaint
 
 
 def open_data(config: Config, folder: RunFolder, note: Callable[[str], None]) -> TokenFolder:

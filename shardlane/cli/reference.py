@@ -49,11 +49,12 @@ def reference(context: typer.Context, config_file: ConfigFile, run_dir: RunDir, 
             with choose_view(every_steps=config.log.every_steps, last_step=config.train.last_step) as view:
                 tokens = open_data(config, folder, view.note)
                 config = resolve(config, tokens.path)
-                _train(config, folder, tokens, view, fork=fork_run)
+                train(config, folder, tokens, view, fork=fork_run)
         print_ending(config, folder, sample=False)
 
 
-def _train(config: Config, folder: RunFolder, tokens: TokenFolder, view: View, *, fork: bool) -> None:
+def train(config: Config, folder: RunFolder, tokens: TokenFolder, view: View, *, fork: bool) -> None:
+    """From the folder's newest checkpoint to the end, or to the first Ctrl-C. `prepare_process` comes before."""
     from shardlane import logs
     from shardlane.cli.rows import RowsFile
     from shardlane.cli.supervisor import Interrupts

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from shardlane import config as configs
 from shardlane.config import Config
@@ -30,9 +31,25 @@ class RunFolder:
         return self.path / "metrics.jsonl"
 
     @property
+    def ledger_file(self) -> Path:
+        return self.path / "ledger.jsonl"
+
+    @property
     def coordinator_file(self) -> Path:
         """Where its coordinator serves, while it does."""
         return self.path / "coordinator.json"
+
+    def ready_file(self, name: str) -> Path:
+        """Where a process of a local cluster says that it serves, and where."""
+        return self.coordinator_file if name == "coordinator" else self.path / "ready" / f"{name}.json"
+
+    def ready(self, name: str) -> dict[str, Any]:
+        """What a process of a local cluster has said of itself when it served; empty if none has."""
+        try:
+            values = json.loads(self.ready_file(name).read_bytes())
+        except (OSError, ValueError):
+            return {}
+        return values if isinstance(values, dict) else {}
 
     @property
     def logs(self) -> Path:

@@ -11,6 +11,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Self
@@ -32,7 +33,7 @@ def child_environment(environment: Mapping[str, str], threads: int) -> dict[str,
 class Child:
     """A process whose output goes to the end of `log`."""
 
-    def __init__(self, name: str, command: Sequence[str], log: Path, environment: Mapping[str, str], niceness: int = 0) -> None:
+    def __init__(self, name: str, command: Sequence[str], log: Path, environment: Mapping[str, str]) -> None:
         self.name = name
         self.log = log
         try:
@@ -42,7 +43,6 @@ class Child:
                 self._process = subprocess.Popen(
                     command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environment, start_new_session=True
                 )
-            os.setpriority(os.PRIO_PROCESS, self._process.pid, os.getpriority(os.PRIO_PROCESS, 0) + niceness)
         except OSError as error:
             raise UserError(f"cannot start {name}: {error.strerror} ({error.filename})") from error
 
@@ -71,6 +71,11 @@ class Child:
             file.seek(max(self._log_start, end - TAIL_BYTES))
             return file.read().decode(errors="replace").splitlines()[-most:]
 
+    def give_way(self, niceness: int) -> None:
+        """Beyond what we do. Nothing if it has ended."""
+        with suppress(ProcessLookupError):
+            os.setpriority(os.PRIO_PROCESS, self.pid, os.getpriority(os.PRIO_PROCESS, 0) + niceness)
+
     def send(self, number: signal.Signals) -> None:
         self._process.send_signal(number)
 
@@ -97,15 +102,15 @@ class Supervisor:
     def __exit__(self, kind: type[BaseException] | None, _: BaseException | None, __: TracebackType | None) -> None:
         self.stop(grace_seconds=10.0 if kind is None else 0.0)
 
-    def start(self, name: str, command: Sequence[str], niceness: int = 0) -> Child:
-        """`niceness`: how much the process gives way, beyond what we do. Raises `UserError`."""
-        child = Child(name, command, self._logs / f"{name}.log", self._environment, niceness)
+    def start(self, name: str, command: Sequence[str]) -> Child:
+        """Raises `UserError`."""
+        child = Child(name, command, self._logs / f"{name}.log", self._environment)
         self.children.append(child)
         return child
 
-    def restart(self, child: Child, command: Sequence[str], niceness: int = 0) -> Child:
+    def restart(self, child: Child, command: Sequence[str]) -> Child:
         """Another life for one that has ended, in its place. Raises `UserError`."""
-        again = Child(child.name, command, child.log, self._environment, niceness)
+        again = Child(child.name, command, child.log, self._environment)
         self.children[self.children.index(child)] = again
         return again
 

@@ -156,7 +156,7 @@ class RegisterResponse(_message.Message):
     def __init__(self, lease_seconds: _Optional[float] = ...) -> None: ...
 
 class StepSummary(_message.Message):
-    __slots__ = ("step", "loss", "grad_norm", "learning_rate", "tokens", "skipped", "requests")
+    __slots__ = ("step", "loss", "grad_norm", "learning_rate", "tokens", "skipped", "requests", "tally")
     STEP_FIELD_NUMBER: _ClassVar[int]
     LOSS_FIELD_NUMBER: _ClassVar[int]
     GRAD_NORM_FIELD_NUMBER: _ClassVar[int]
@@ -164,6 +164,7 @@ class StepSummary(_message.Message):
     TOKENS_FIELD_NUMBER: _ClassVar[int]
     SKIPPED_FIELD_NUMBER: _ClassVar[int]
     REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    TALLY_FIELD_NUMBER: _ClassVar[int]
     step: int
     loss: float
     grad_norm: float
@@ -171,7 +172,8 @@ class StepSummary(_message.Message):
     tokens: int
     skipped: bool
     requests: int
-    def __init__(self, step: _Optional[int] = ..., loss: _Optional[float] = ..., grad_norm: _Optional[float] = ..., learning_rate: _Optional[float] = ..., tokens: _Optional[int] = ..., skipped: bool = ..., requests: _Optional[int] = ...) -> None: ...
+    tally: _tensor_pb2.Tally
+    def __init__(self, step: _Optional[int] = ..., loss: _Optional[float] = ..., grad_norm: _Optional[float] = ..., learning_rate: _Optional[float] = ..., tokens: _Optional[int] = ..., skipped: bool = ..., requests: _Optional[int] = ..., tally: _Optional[_Union[_tensor_pb2.Tally, _Mapping]] = ...) -> None: ...
 
 class HeartbeatRequest(_message.Message):
     __slots__ = ("incarnation", "plan", "version", "steps", "activity", "caught_up", "diverged", "lane_seconds", "leaving")

@@ -118,7 +118,7 @@ class PullResponse(_message.Message):
     def __init__(self, chunk: _Optional[int] = ..., version: _Optional[int] = ..., outcome: _Optional[_Union[PullOutcome, str]] = ..., slice: _Optional[_Union[_tensor_pb2.Slice, _Mapping]] = ..., plan: _Optional[_Union[_coordinator_pb2.Plan, _Mapping]] = ..., payload: _Optional[bytes] = ...) -> None: ...
 
 class Record(_message.Message):
-    __slots__ = ("step", "chunk", "square_norm", "tokens", "loss", "digest", "requests")
+    __slots__ = ("step", "chunk", "square_norm", "tokens", "loss", "digest", "requests", "tally")
     STEP_FIELD_NUMBER: _ClassVar[int]
     CHUNK_FIELD_NUMBER: _ClassVar[int]
     SQUARE_NORM_FIELD_NUMBER: _ClassVar[int]
@@ -126,6 +126,7 @@ class Record(_message.Message):
     LOSS_FIELD_NUMBER: _ClassVar[int]
     DIGEST_FIELD_NUMBER: _ClassVar[int]
     REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    TALLY_FIELD_NUMBER: _ClassVar[int]
     step: int
     chunk: int
     square_norm: float
@@ -133,7 +134,8 @@ class Record(_message.Message):
     loss: float
     digest: int
     requests: int
-    def __init__(self, step: _Optional[int] = ..., chunk: _Optional[int] = ..., square_norm: _Optional[float] = ..., tokens: _Optional[int] = ..., loss: _Optional[float] = ..., digest: _Optional[int] = ..., requests: _Optional[int] = ...) -> None: ...
+    tally: _tensor_pb2.Tally
+    def __init__(self, step: _Optional[int] = ..., chunk: _Optional[int] = ..., square_norm: _Optional[float] = ..., tokens: _Optional[int] = ..., loss: _Optional[float] = ..., digest: _Optional[int] = ..., requests: _Optional[int] = ..., tally: _Optional[_Union[_tensor_pb2.Tally, _Mapping]] = ...) -> None: ...
 
 class Replicate(_message.Message):
     __slots__ = ("record", "previous", "parameters_digest")

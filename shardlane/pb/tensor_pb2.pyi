@@ -2,7 +2,7 @@ from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
-from collections.abc import Iterable as _Iterable
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
 from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
@@ -41,6 +41,26 @@ class Block(_message.Message):
     first: int
     size: int
     def __init__(self, first: _Optional[int] = ..., size: _Optional[int] = ...) -> None: ...
+
+class LaneRun(_message.Message):
+    __slots__ = ("first", "size", "least", "most")
+    FIRST_FIELD_NUMBER: _ClassVar[int]
+    SIZE_FIELD_NUMBER: _ClassVar[int]
+    LEAST_FIELD_NUMBER: _ClassVar[int]
+    MOST_FIELD_NUMBER: _ClassVar[int]
+    first: int
+    size: int
+    least: int
+    most: int
+    def __init__(self, first: _Optional[int] = ..., size: _Optional[int] = ..., least: _Optional[int] = ..., most: _Optional[int] = ...) -> None: ...
+
+class Tally(_message.Message):
+    __slots__ = ("tables", "runs")
+    TABLES_FIELD_NUMBER: _ClassVar[int]
+    RUNS_FIELD_NUMBER: _ClassVar[int]
+    tables: int
+    runs: _containers.RepeatedCompositeFieldContainer[LaneRun]
+    def __init__(self, tables: _Optional[int] = ..., runs: _Optional[_Iterable[_Union[LaneRun, _Mapping]]] = ...) -> None: ...
 
 class Timeline(_message.Message):
     __slots__ = ("id", "version", "digest")

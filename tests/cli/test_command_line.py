@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import time
@@ -12,9 +13,14 @@ import pytest
 from shardlane.cli.__main__ import main
 from shardlane.cli.arguments import split_overrides
 from shardlane.cli.run_folder import RunFolder
+from shardlane.ledger import Entry, Expected, TimelineStart, to_line
+from shardlane.tally import LaneRun, Tally
 
 TINY = Path(__file__).parents[2] / "configs" / "tiny.toml"
-COMMANDS = ["local", "reference", "prepare", "status", "pause", "resume", "checkpoint", "stop", "digest", "export", "generate"]
+COMMANDS = [
+    *("local", "chaos", "reference", "prepare", "status", "pause", "resume", "checkpoint", "stop", "digest", "ledger"),
+    *("export", "generate"),
+]
 
 
 def shardlane(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -57,9 +63,17 @@ def test_no_arguments_show_help(capsys: pytest.CaptureFixture[str]) -> None:
         (["local", str(TINY), "--run-dir", "{tmp}", "--train.max_step", "3"], "did you mean 'max_steps'"),
         (["local", str(TINY), "--run-dir", "{tmp}", "--stages", "9"], "cluster.stages 9 is more than"),
         (["local", str(TINY), "--run-dir", "{tmp}", "--data.source", "/none"], "'/none' is no file or folder"),
+        (["chaos", "--run-dir", "{tmp}", "--kinds", "kill,flood"], "--kinds 'flood' is none of kill, stop, half-open"),
+        (["chaos", "--run-dir", "{tmp}", "--kinds", ","], "give --kinds"),
+        (["chaos", "--run-dir", "{tmp}", "--pairs", "worker+worker"], "is none of worker+shard"),
+        (["chaos", "--run-dir", "{tmp}", "--shards", "1", "--pairs", "shard+backup"], "needs a backup"),
+        (["chaos", "--run-dir", "{tmp}", "--faults", "0"], "Input should be greater than or equal to 1"),
+        (["chaos", "none.toml", "--run-dir", "{tmp}"], "cannot read the config none.toml"),
+        (["chaos", str(TINY), "--run-dir", "{tmp}", "--replicas", "8"], "8 is more than"),
         (["reference", str(TINY), "--run-dir", "{tmp}", "--train.lanes=3"], "power of two"),
         (["prepare", str(TINY)], "give --run-dir, or --out"),
         (["digest", "{tmp}"], "is no run's folder"),
+        (["ledger", "{tmp}"], "is no run's folder"),
         (["export", "{tmp}", "--out", "{tmp}/out"], "is no run's folder"),
         (["generate", "{tmp}", "--prompt", "a"], "is no run's folder"),
         (["status", "nowhere"], "neither a run's folder nor host:port"),
@@ -109,6 +123,41 @@ def test_digest_prints_the_hash_then_the_step(run_dir: Path, capsys: pytest.Capt
     assert printed[()] == printed[("--step", "4")] != printed[("--step", "2")]
     assert main(["digest", str(run_dir), "--step", "3"]) == 2
     assert "no checkpoint of step 3; there are 2, 4" in capsys.readouterr().err
+
+
+def test_ledger_proves_a_run_or_says_what_is_wrong(run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["ledger", str(run_dir)]) == 2
+    assert "cannot read" in (said := capsys.readouterr().err) and "a cluster keeps a ledger" in said and said.count("\n") == 1
+    folder = RunFolder(tmp_path)
+    config = RunFolder(run_dir).config().with_changes({"checkpoint.path": str(run_dir / "checkpoints")})
+    folder.write_config(config)
+    expects = Expected.of(config)
+    once = Tally(expects.tables, (LaneRun(0, 4, 1, 1),))
+
+    def begin(timeline: int, version: int) -> bytes:
+        return to_line(TimelineStart(timeline, version, 0, "why", expects))
+
+    def entries(timeline: int, *steps: int, tally: Tally = once) -> bytes:
+        return b"".join(to_line(Entry(step, timeline, expects.tokens, tally)) for step in steps)
+
+    def judged(*lines: bytes) -> tuple[int, str]:
+        folder.ledger_file.write_bytes(b"".join(lines))
+        return main(["ledger", str(tmp_path)]), capsys.readouterr().out
+
+    assert judged(begin(0, 4)) == (2, ""), "no step yet"
+    status, said = judged(begin(0, 0), entries(0, 0, 1, 2), begin(1, 2), entries(1, 2, 3))
+    assert status == 0 and said.startswith(
+        "4 steps, 32 micro-batches of 4 lanes: each counted exactly once in all 77 tables; "
+        "1 entry superseded by 1 roll-back (timeline 1 began at version 2); "
+    )
+    assert main(["ledger", str(tmp_path), "--json"]) == 0
+    account = json.loads(capsys.readouterr().out)
+    assert (account["num_steps"], account["faults"]) == (4, [])
+    assert account["roll_backs"] == [{"timeline": 1, "version": 2, "num_superseded": 1, "reason": "why"}]
+    twice = Tally(expects.tables, (LaneRun(0, 2, 1, 1), LaneRun(2, 1, 1, 2), LaneRun(3, 1, 1, 1)))
+    status, said = judged(begin(0, 0), entries(0, 0, 1), entries(0, 2, tally=twice))
+    wrong = "step 2, lane 2 (micro-batches 4..5): counted 2 times in a table; 1 more, see --json\n"
+    assert (status, said) == (1, wrong), "and the checkpoint of step 4 is further than the ledger"
 
 
 def test_generate_goes_on_from_the_prompt_and_a_seed_repeats_it(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:

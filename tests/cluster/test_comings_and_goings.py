@@ -14,7 +14,7 @@ from shardlane.cli.client import CoordinatorClient
 from shardlane.cli.run_folder import RunFolder
 from shardlane.errors import UserError
 from shardlane.pb import coordinator_pb2
-from tests.cluster.test_kills import SECONDS_MAX, Run, assert_as_undisturbed
+from tests.cluster.processes import SECONDS_MAX, Run, assert_as_undisturbed
 
 LEAVE_SECONDS_MAX = 30.0
 

@@ -13,9 +13,11 @@ from coordinator.core.run import Run
 from shardlane import config as configs
 from shardlane.config import Config
 from shardlane.ids import PROTOCOL_VERSION, ChunkId, Incarnation, PlanNumber, RunId, Step, Timeline, Version
+from shardlane.ledger import Expected
 from shardlane.manifest import checkpoint_folder, tensor_names
 from shardlane.partition import Layout
 from shardlane.plan import Role
+from shardlane.tally import LaneRun, Tally
 
 RUN = RunId("run-0123")
 CPU = "a cpu, torch 2, threads 1, fp32"
@@ -55,8 +57,14 @@ def registration(name: str, *, address: str = "", **changes: Any) -> Registratio
     return Registration(**values)
 
 
+def tally(config: Config | None = None) -> Tally:
+    """Of a step in which all is as it should be."""
+    expects = Expected.of(config or small_config())
+    return Tally(expects.tables, (LaneRun(0, expects.lanes, 1, 1),))
+
+
 def summary(step: int, *, requests: int = 0, tokens: int = 32) -> StepSummary:
-    return StepSummary(Step(step), 5.0 - step, 1.0, 1e-3, tokens, False, requests)
+    return StepSummary(Step(step), 5.0 - step, 1.0, 1e-3, tokens, tally(), False, requests)
 
 
 def beat(run: Run, name: str, *steps: StepSummary, plan: PlanNumber | None = None, is_leaving: bool = False) -> Heartbeat:

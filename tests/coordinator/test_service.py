@@ -24,7 +24,17 @@ from shardlane.manifest import checkpoint_folder, newest_complete, read_manifest
 from shardlane.metrics import Metrics
 from shardlane.pb import coordinator_pb2, tensor_pb2
 from shardlane.plan import Plan
-from tests.coordinator.cast import CPU, incarnation, num_chunks, part, registration, small_config, write_part, write_token_folder
+from tests.coordinator.cast import (
+    CPU,
+    incarnation,
+    num_chunks,
+    part,
+    registration,
+    small_config,
+    tally,
+    write_part,
+    write_token_folder,
+)
 
 NAMES = ("shard 1", "shard 2", "worker 1", "worker 2")
 LEISURE: dict[str, Any] = {"cluster__lease_seconds": 60.0}  # nobody in these tests sends heartbeats by itself
@@ -69,7 +79,10 @@ class Cluster:
 
     def beat(self, name: str, *steps: int, requests: int = 0) -> coordinator_pb2.HeartbeatResponse:
         plan = self.service.coordinator.plan
-        summaries = [coordinator_pb2.StepSummary(step=step, loss=3.0, tokens=32, requests=requests) for step in steps]
+        counted = wire.tally_to_wire(tally(self.config))
+        summaries = [
+            coordinator_pb2.StepSummary(step=step, loss=3.0, tokens=32, requests=requests, tally=counted) for step in steps
+        ]
         number = wire.number_to_wire(plan.number) if plan else tensor_pb2.PlanNumber()
         answer: coordinator_pb2.HeartbeatResponse = self.call(
             "Heartbeat", incarnation=incarnation(name), plan=number, steps=summaries, version=max(steps, default=0)
@@ -332,6 +345,7 @@ def test_a_manifest_that_cannot_be_written_ends_only_the_last_version(tmp_path: 
         blocked = checkpoint_folder(tmp_path / "checkpoints", 2)
         blocked.parent.mkdir()
         for version, state in ((2, RunState.TRAINING), (4, RunState.FAILED)):
+            c.beat("shard 1", *range(version))
             everything = part(c.config, "shard 1", version, range(num_chunks(c.config)))
             c.call(  # no file was written
                 "ReportCheckpoint", incarnation=everything.incarnation, version=version, file=everything.file,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import grpc
@@ -24,6 +25,7 @@ from shardlane.metrics import Metrics
 from shardlane.partition import Layout
 from shardlane.pb import ps_pb2, ps_pb2_grpc, tensor_pb2
 from shardlane.plan import Member, Placement, Plan
+from shardlane.tally import LaneRun, Tally
 
 ME, RUN = Incarnation("shard-me"), RunId("r")
 CONFIG: Config = build(
@@ -141,6 +143,15 @@ def test_a_gradient_that_is_not_finite_skips_the_step(served: Served) -> None:
     assert torch.equal(pull(served, 0, 1), before)
     (summary,) = served.shard.unacknowledged(10)
     assert summary.skipped
+
+
+def test_the_coordinator_is_told_what_was_counted_and_nothing_of_a_timeline_that_is_over(served: Served) -> None:
+    served.stub.Push(everything(1.0), timeout=20)
+    (summary,) = served.shard.unacknowledged(10)
+    assert wire.tally_from_wire(summary.tally, 2) == Tally(len(LAYOUT.chunks), (LaneRun(0, 2, 1, 1),))
+    assert served.shard.plan is not None
+    served.shard.adopt(replace(served.shard.plan, number=PlanNumber(1, 2), timeline=Timeline(1, Version(0))))
+    assert served.shard.unacknowledged(10) == []
 
 
 def broken(**change: object) -> ps_pb2.PushRequest:

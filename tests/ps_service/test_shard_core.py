@@ -44,6 +44,7 @@ from shardlane.errors import StaleError
 from shardlane.ids import ChunkId, Incarnation, Lane, PlanNumber, RunId, SiteIndex, Step, Timeline, Version
 from shardlane.lanes import Block, lane
 from shardlane.plan import REQUEST_CHECKPOINT, REQUEST_STOP, Member, Placement, Plan
+from shardlane.tally import LaneRun, Tally
 
 A, B, C = Incarnation("shard-a"), Incarnation("shard-b"), Incarnation("shard-c")
 X, Y = ChunkId(0), ChunkId(1)
@@ -68,10 +69,11 @@ def push(block: Block, *, step: int = 0, chunk: ChunkId = X, site: int = 0, time
 
 
 BOTH = Block(Lane(0), 2)
+ONCE = Tally(1, (LaneRun(0, 2, 1, 1),))
 
 
 def record(chunk: ChunkId, step: int = 0, digest: int = 7, requests: int = 0) -> Record:
-    return Record(Step(step), chunk, 1.0, 8, 2.0, digest, requests)
+    return Record(Step(step), chunk, 1.0, 8, 2.0, digest, ONCE, requests)
 
 
 def close(shard: ShardCore, chunk: ChunkId, step: int = 0, digest: int = 7) -> list[Effect]:

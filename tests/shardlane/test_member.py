@@ -19,7 +19,10 @@ from shardlane.ids import PlanNumber, Version
 from shardlane.member import Beat, Membership, fetch_run, new_incarnation
 from shardlane.pb import coordinator_pb2
 from shardlane.plan import Plan, Role
-from tests.coordinator.cast import CPU, num_chunks, part, small_config, write_part, write_token_folder
+from shardlane.wire import tally_to_wire
+from tests.coordinator.cast import CPU, num_chunks, part, small_config, tally, write_part, write_token_folder
+
+COUNTED = tally_to_wire(tally())
 
 
 def until(holds: Callable[[], object], seconds: float = 10.0) -> None:
@@ -93,7 +96,7 @@ def test_a_whole_run(tmp_path: Path) -> None:
         until(lambda: all(each.plans for each in (a, b, first, last)))
         assert len({each.plans[-1].digest for each in (a, b, first, last)}) == 1
         assert first.membership.plan == first.plans[-1]
-        a.steps += [coordinator_pb2.StepSummary(step=step, tokens=32) for step in range(4)]
+        a.steps += [coordinator_pb2.StepSummary(step=step, tokens=32, tally=COUNTED) for step in range(4)]
         a.membership.beat_soon()
         until(lambda: a.replies and a.replies[-1].acknowledged_steps == 4)
         until(lambda: first.membership.state == coordinator_pb2.RUN_STATE_FINISHING)
@@ -132,6 +135,21 @@ def test_fetch_run_waits_for_a_coordinator_that_is_not_there_yet_and_gives_up(tm
         assert found == [service.run_id]
 
 
+def test_registration_waits_for_a_coordinator_that_is_just_starting_again(tmp_path: Path) -> None:
+    with coordinator(tmp_path) as service:
+        address = service.address
+    member = Membership(address, role="shard", incarnation=new_incarnation("shard"), address="127.0.0.1:1", numerics_class=CPU)
+    with pytest.raises(UnreachableError):
+        member.register(patience_seconds=0.1)
+    joining = threading.Thread(target=member.register)
+    joining.start()
+    time.sleep(0.3)
+    with coordinator(tmp_path, bind=address) as service:
+        joining.join(20)
+        assert service.coordinator.members == [member.incarnation]
+        member.stop()
+
+
 def test_a_refusal_at_registration_is_one_line(tmp_path: Path) -> None:
     with coordinator(tmp_path) as service:
         member = Membership(
@@ -151,7 +169,7 @@ def test_members_work_on_without_the_coordinator_and_tell_it_when_it_is_back(tmp
         until(lambda: all(each.plans for each in (a, b, last)))
         plan = a.plans[-1]
     try:
-        a.steps += [coordinator_pb2.StepSummary(step=step, tokens=32) for step in range(4)]
+        a.steps += [coordinator_pb2.StepSummary(step=step, tokens=32, tally=COUNTED) for step in range(4)]
         last.membership.report_validation(Version(4), 0, 8.0, 4)
         assert not last.membership.flush(0.2)
         with coordinator(tmp_path, bind=address) as service:

@@ -71,10 +71,10 @@ def stubs(metrics: Metrics) -> Iterator[rpc.Client]:
     server.stop(0).wait()
 
 
-def text_of(metrics: Metrics) -> str:
+def text_of(metrics: Metrics, query: str = "") -> str:
     port = metrics.serve("127.0.0.1:0")
     try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as answer:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics{query}") as answer:
             return str(answer.read().decode())
     finally:
         metrics.close()
@@ -111,6 +111,13 @@ def test_the_page_has_exactly_these_names(metrics: Metrics) -> None:
         assert f"\n{line}\n" in text, line
     assert "process_resident_memory_bytes" in text and "python_info" in text
     assert "_created" not in text
+
+
+def test_a_page_of_named_instruments_has_no_others(metrics: Metrics) -> None:
+    for name in ("version", "chunks", "sum_bytes"):
+        metrics.gauge(f"shardlane_shard_{name}", "A gauge.").set(3)
+    lines = text_of(metrics, "?name[]=shardlane_shard_version&name[]=shardlane_shard_chunks&name[]=none").splitlines()
+    assert {line for line in lines if not line.startswith("#")} == {"shardlane_shard_version 3.0", "shardlane_shard_chunks 3.0"}
 
 
 def test_two_services_of_one_process_do_not_add_up(metrics: Metrics) -> None:

@@ -127,8 +127,16 @@ class World:
                 lines.append(f"  {[(each.workers, each.begins_at, each.formed) for each in run.plan.replicas]}")
         for shard in self.shards.values():
             if shard.alive:
-                held = {chunk: (each.version, each.closed is not None, sorted(each.acks), sorted(each.awaited),
-                                [table.counted for table in each.barrier.sites]) for chunk, each in shard.core.chunks.items()}  # fmt: skip
+                held = {
+                    chunk: (
+                        each.version,
+                        each.closed is not None,
+                        sorted(each.acks),
+                        sorted(each.awaited),
+                        [table.counted for table in each.barrier.sites],
+                    )
+                    for chunk, each in shard.core.chunks.items()
+                }
                 lines.append(f"{shard}: plan {shard.core.plan and shard.core.plan.number} {held} end {shard.core.end_version}")
         for worker in self.workers.values():
             if worker.alive:

@@ -61,6 +61,21 @@ def test_a_machine_that_starves_is_given_more_time_for_a_while() -> None:
     assert first_expiry(each, now + 7.0) < now + 7.0 + 3.0
 
 
+def test_a_break_of_the_coordinators_own_is_not_measured_as_a_members() -> None:
+    each = Members(RUN, lease_seconds=10.0, refuse_other_classes=False)
+    each.restore([registration("worker 1")], 100.0)  # another life of the coordinator; members need a while to find it
+    each.expire(100.1)
+    now = 102.5
+    for begin, beats in ((102.5, 8), (110.0, 8)):  # then it hangs for 3.5 s
+        now = begin
+        for _ in range(beats):
+            each.heartbeat(heartbeat("worker 1"), now)
+            each.expire(now + 0.01)
+            now += 0.5
+    last = now - 0.5
+    assert first_expiry(each, last + 0.01) == pytest.approx(last + 2.0, abs=0.11)
+
+
 def test_time_in_which_the_coordinator_stood_still_is_nobodys_silence() -> None:
     each = members()
     each.register(registration("worker 1"), 0.0)

@@ -273,6 +273,7 @@ def test_a_part_that_could_not_be_written_costs_the_checkpoint_but_not_the_run()
 
 def test_parts_may_be_told_again_and_overlap() -> None:
     run = training()
+    train_to(run, 2)
     everything = range(num_chunks(run.config))
     assert run.on_checkpoint_part(part(run.config, "shard 1", 2, everything[:-1])) == (None, [])
     assert run.on_checkpoint_part(part(run.config, "shard 1", 2, everything[:-1])) == (None, [])
@@ -283,6 +284,16 @@ def test_parts_may_be_told_again_and_overlap() -> None:
     assert run.on_checkpoint_part(part(run.config, "shard 2", 2, everything[1:])) == (None, [])
     run.on_checkpoint_committed(CheckpointMark(Version(2), "d"))
     assert run.on_checkpoint_part(part(run.config, "shard 2", 2, everything[1:])) == (None, [])
+
+
+def test_a_checkpoint_waits_for_the_steps_that_lead_to_it() -> None:
+    """Were everything lost now, a run that is resumed from it would not know them."""
+    run = training()
+    train_to(run, 1)
+    everything = range(num_chunks(run.config))
+    assert run.on_checkpoint_part(part(run.config, "shard 1", 2, everything)) == (None, [])
+    _, effects = run.on_heartbeat(beat(run, "shard 2", summary(1)), 2.0)
+    assert [type(effect) for effect in effects] == [TrainingRow, CommitCheckpoint]
 
 
 def test_reports_of_strangers_and_of_what_is_not_validated_are_refused() -> None:

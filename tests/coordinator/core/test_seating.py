@@ -87,7 +87,8 @@ def test_who_is_too_slow_for_a_lane_runs_those_of_others_as_well_and_is_measured
 def test_an_idle_worker_runs_the_lane_of_one_that_lags_and_has_no_lane_to_give() -> None:
     before = seated(W[:3], lanes=2)
     assert shadows_of(before) == {}
-    slow = {W[0]: 1.0, W[1]: 1.9, W[2]: 0.0}
+    assert seated(W[:3], {W[0]: 1.0, W[1]: 1.8}, previous=before, lanes=2, epoch=2) == before
+    slow = {W[0]: 1.0, W[1]: 2.7, W[2]: 0.0}
     after = seated(W[:3], slow, previous=before, lanes=2, epoch=2)
     assert (lanes_of(after), shadows_of(after)) == ({W[0]: 1, W[1]: 1}, {W[2]: 1})
     assert after.replicas[2].blocks == after.replicas[1].blocks
@@ -105,13 +106,13 @@ def test_a_run_looks_at_its_workers_from_time_to_time_and_moves_lanes_at_a_steps
     join(run, "shard 1", "shard 2", "worker 1", "worker 2")
     for step in range(3):
         run.on_heartbeat(beat(run, "shard 1", summary(step)), float(step))
-    for name, seconds in (("worker 1", 1.0), ("worker 2", 3.0)):
+    for name, seconds in (("worker 1", 1.0), ("worker 2", 3.5)):
         run.on_heartbeat(replace(beat(run, name), lane_seconds=seconds), 3.0)
     number = plan_of(run).number
-    run.on_tick(3.1)
+    run.on_tick(5.1)
     plan = plan_of(run)
     assert plan.number > number and plan.reason == "lanes move to faster workers"
     assert [sum(block.size for block in each.blocks) for each in plan.replicas] == [3, 1]
     assert all(each.begins_at > 3 for each in plan.replicas)
-    run.on_tick(9.1)
+    run.on_tick(14.1)
     assert plan_of(run) is plan
