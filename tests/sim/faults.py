@@ -13,7 +13,7 @@ from tests.sim.network import Process
 if TYPE_CHECKING:
     from tests.sim.world import World
 
-EVENTS_A_STEP = 60  # from a version to within its step, at most: so that what is drawn happens before the run is over
+EVENTS_A_LANE = 15  # from a version to within its step, at most: so that what is drawn happens before the run is over
 
 
 @dataclass
@@ -32,11 +32,10 @@ class Drama:
         self._world = world
         chance, shape = world.random, world.shape
         kinds, weights = list(shape.faults), list(shape.faults.values())
-        count = chance.randint(1, shape.num_faults_max) if kinds else 0
         faults = []
-        for kind in chance.choices(kinds, weights, k=count):
+        for kind in chance.choices(kinds, weights, k=chance.randint(1, shape.num_faults_max)) if kinds else ():
             version = chance.randrange(shape.num_steps)
-            faults.append(Fault(kind, version, chance.randrange(EVENTS_A_STEP)))
+            faults.append(Fault(kind, version, chance.randrange(EVENTS_A_LANE * shape.num_lanes)))
             if chance.random() < 0.3:  # the next one hits while this one is being repaired
                 faults.append(Fault(chance.choices(kinds, weights)[0], version, faults[-1].num_events + chance.randrange(40)))
         self._faults = sorted(faults, key=lambda fault: (fault.version, fault.num_events))
@@ -54,15 +53,20 @@ class Drama:
         for fault in due:
             fault.num_events -= 1
             if fault.num_events < 0:
-                self._faults.remove(fault)
-                self.strike(fault.kind)
+                if self._strike(fault.kind):
+                    self._faults.remove(fault)
+                else:
+                    fault.num_events = 10
 
-    def strike(self, kind: str) -> None:
+    def _strike(self, kind: str) -> bool:
+        """Whether there was somebody to be struck."""
         world = self._world
-        if _STRIKES[kind](world):
-            world.num["struck"] += 1
-            world.num[kind] += 1
-            world.say(f"* {kind}")
+        if not _STRIKES[kind](world):
+            return False
+        world.num["struck"] += 1
+        world.num[kind] += 1
+        world.say(f"* {kind}")
+        return True
 
 
 def _seated(world: World, role: str) -> list[MemberProcess]:
@@ -173,7 +177,8 @@ def _leave(role: str) -> Callable[[World], bool]:
 
 def _control(action: Control) -> Callable[[World], bool]:
     def strike(world: World) -> bool:
-        if world.coordinator is None:
+        is_early = action is Control.STOP and world.oracle.version < 2
+        if world.coordinator is None or is_early:
             return False
         world.coordinator.control(action)
         if action is Control.PAUSE:

@@ -108,8 +108,10 @@ class Network:
             return True
         return False
 
-    def tell(self, sender: Process, receiver: Process, action: Action, on_failure: Action | None = None) -> None:
-        """One way. `on_failure` is for the sender, and comes only if the message does not arrive."""
+    def tell(
+        self, sender: Process, receiver: Process, action: Action, on_failure: Action | None = None, not_before: float = 0.0
+    ) -> float:
+        """One way; when it arrives. `on_failure` is for the sender, and comes only if the message does not arrive."""
 
         def fail() -> None:
             if on_failure is not None:
@@ -117,8 +119,10 @@ class Network:
 
         if not receiver.alive or self.loses(sender, receiver):
             fail()
-        else:
-            self.clock.after(self.latency(), receiver, action, fail)
+            return not_before
+        seconds = max(self.latency(), not_before - self.clock.now)
+        self.clock.after(seconds, receiver, action, fail)
+        return self.clock.now + seconds
 
     def call(
         self,

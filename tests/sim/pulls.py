@@ -42,6 +42,7 @@ class PullCall:
     def __init__(self, puller: Puller, asked: Asked, shard: Incarnation, chunks: Iterable[ChunkId]) -> None:
         self.worker, self.version, self.timeline = puller.worker, asked.version, puller.plan.timeline.id
         self.waiting = set(chunks)  # the shard's
+        self.arrives = 0.0  # when the newest answer does; the shard's too
         self._puller, self._asked, self._shard = puller, asked, shard
         self._was_refused = False
         self._has_ended = False

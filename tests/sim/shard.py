@@ -209,10 +209,11 @@ class ShardProcess(MemberProcess):
                 self._end_pull(call)
 
     def _answer(self, call: PullCall, action: Callable[[], None]) -> None:
-        self.network.tell(self, call.worker, action, call.on_failed)
+        """In order, as a stream is."""
+        call.arrives = self.network.tell(self, call.worker, action, call.on_failed, not_before=call.arrives)
 
     def _end_pull(self, call: PullCall) -> None:
-        self.network.tell(self, call.worker, call.on_end, call.on_failed)
+        self._answer(call, call.on_end)
 
     # ---- other shards --------------------------------------------------------------------------------------------------
 

@@ -97,11 +97,15 @@ class Seat:
                 case Forward(lane):
                     if self.above is not None:
                         yield self._taken(ACTIVATION, version, lane)
+                        if self._is_over(version):
+                            return
                     if self.below is not None:
                         self.below.send(Item(ACTIVATION, version, lane))
                 case Backward(lane):
                     if self.below is not None:
                         yield self._taken(GRADIENT, version, lane)
+                        if self._is_over(version):
+                            return
                     if self.above is not None:
                         self.above.send(Item(GRADIENT, version, lane))
                 case Weights(lane):
@@ -117,9 +121,14 @@ class Seat:
             if key in items.items:
                 items.items.discard(key)
                 return True
-            return False
+            return kind != VALIDATION and self._is_over(version)
 
         return take
+
+    def _is_over(self, version: Version) -> bool:
+        """The next version is published, so nothing of this step is needed any more, and neighbours may have left it."""
+        asked = self.puller.asked
+        return asked is not None and asked.version > version and (bool(asked.values) or asked.superseded is not None)
 
     def _add(self, lane: Lane, due: dict[Block, set[int]]) -> None:
         """A block is pushed when its last lane is in."""

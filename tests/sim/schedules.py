@@ -1,0 +1,37 @@
+"""The schedules that the tests walk: 10,080 of them, in two files of equal work, for two cores."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from tests.sim.walk import walk
+
+NUM_SEEDS = 720
+BLOCK = 240  # seeds a test
+BLOCKS = range(NUM_SEEDS // BLOCK)
+
+HAPPENS: dict[str, str] = {
+    # What must have happened in each of a shape's blocks, or the walk proves nothing.
+    "deaths": "kill shard, kill worker, roll-backs, asked in sync, duplicate, not_owner, stale",
+    "deaths, sums that differ in bits": "kill shard, kill worker, roll-backs, checkpoint, measured",
+    "deaths in a bad network": "kill shard, kill worker, roll-backs, lost, doubled",
+    "deaths of pipelines": "kill worker, kill shard, lost",
+    "silences": "stop shard, stop worker, part shard, part worker, part all, registered again, cut, stale",
+    "silences, sums that differ in bits": "stop shard, part shard, registered again, checkpoint, measured",
+    "silences of pipelines": "stop shard, part worker, registered again",
+    "three copies, one lane": "kill shard, stop shard, registered again, asked in sync",
+    "one copy": "kill shard, roll-backs, checkpoints",
+    "a coordinator that dies": "kill coordinator, stop coordinator, part coordinator, kill shard",
+    "comings and goings": "join shard, join worker, leave shard, leave worker, asked in sync",
+    "comings and goings of pipelines": "join shard, join worker, leave shard, leave worker",
+    "everything": "kill shard, kill coordinator, stop shard, part shard, leave shard, checkpoint, pause run, stop run, roll-backs",
+    "everything, zero bubble, a bad network": "kill shard, kill coordinator, lost, doubled, roll-backs",
+}
+
+
+def check(name: str, block: int) -> None:
+    """Every schedule ends as if nothing had happened, after faults that mattered."""
+    total = walk(name, range(block * BLOCK, (block + 1) * BLOCK)).num
+    seldom = Counter({what: total[what] for what in HAPPENS[name].split(", ") if total[what] < BLOCK // 24})
+    assert not seldom, f"{name}: too seldom in {BLOCK} schedules"
+    assert total["versions"] > 2 * BLOCK
