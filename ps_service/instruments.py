@@ -17,6 +17,10 @@ class ShardInstruments:
         self._metrics = metrics
         self.pushed_bytes = metrics.counter("shardlane_shard_pushed_bytes_total", "Gradient bytes received and counted.")
         self.pulled_bytes = metrics.counter("shardlane_shard_pulled_bytes_total", "Parameter bytes sent to workers.")
+        self.refilled_bytes = metrics.counter(
+            "shardlane_shard_refilled_bytes_total",
+            "Bytes received to become another copy of chunks, whether still wanted or not.",
+        )
         self.contributions = metrics.counter("shardlane_shard_contributions_total", "Contributions, by answer.", ("outcome",))
         self.skipped_steps = metrics.counter("shardlane_shard_skipped_steps_total", "Steps skipped for gradients not finite.")
         self.alarms = metrics.counter("shardlane_shard_alarms_total", "Things that must not happen and did.")

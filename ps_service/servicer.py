@@ -210,6 +210,8 @@ class ShardServicer:
         if first.header.slice.total % chunk.num_bytes:
             raise MalformedError(f"{what}: {first.header.slice.total} bytes are not whole tensors of {chunk.num_bytes}")
         assembly = Assembly(self._shard.store.pool.take(first.header.slice.total // 4), what)
+        if isinstance(envelope.message, Refill):
+            self._instruments.refilled_bytes.inc(first.header.slice.total)
         piece = first
         while not assembly.add(piece.header.slice, piece.payload):
             following = next(rest, None)

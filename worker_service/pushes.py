@@ -97,7 +97,7 @@ class Pusher:
     def reroute(self, plan: Plan) -> None:
         """Whatever is kept of chunks that have another primary now goes there, sent before or not."""
         with self._changed:
-            moved = [key for key in self._kept if plan.placements[key.chunk].primary != self._primary(key)]
+            moved = dict.fromkeys(key for key in self._kept if plan.placements[key.chunk].primary != self._primary(key))
             gone = [self._queues.pop(shard) for shard in list(self._queues) if shard not in plan.shards]
             for queue in (*gone, *self._queues.values()):
                 queue.waiting = {key: None for key in queue.waiting if key not in moved}

@@ -160,7 +160,7 @@ class Seat:
         for link in (self._above, self._below):
             if link is not None:
                 link.close()
-        for channel in self._channels.values():
+        for channel in list(self._channels.values()):  # another thread may be rerouting
             channel.close()
 
     # ---- versions ------------------------------------------------------------------------------------------------------

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from ps_service.core.barrier import Barrier
 from ps_service.core.messages import Record
 from shardlane.ids import ChunkId, Incarnation, Version
+from shardlane.plan import Placement
 
 REFILLS_AT_ONCE = 4
 """Chunks on their way to learners: few, so that a chunk's step has not ended when the learner's position comes back."""
@@ -40,10 +41,9 @@ class Filling:
         """A new plan: all of its learners, from the beginning."""
         self._waiting, self._under_way = dict.fromkeys(chunks), {}
 
-    def send(self) -> Iterator[ChunkId]:
-        """Those whose turn it is now."""
-        while self._waiting and len(self._under_way) < REFILLS_AT_ONCE:
-            chunk = next(iter(self._waiting))
+    def send(self, is_ready: Callable[[ChunkId], bool]) -> Iterator[ChunkId]:
+        """Those whose turn it is now, of those that are ready."""
+        for chunk in [each for each in self._waiting if is_ready(each)][: REFILLS_AT_ONCE - len(self._under_way)]:
             del self._waiting[chunk]
             self._under_way[chunk] = None
             yield chunk
@@ -54,7 +54,14 @@ class Filling:
         self._under_way.pop(chunk, None)
 
     def again(self, chunk: ChunkId) -> None:
-        """The learner has it, and the primary is past it: once more, after the others."""
+        """The learner has missed a step: once more, after the others."""
         if chunk in self._under_way:
             del self._under_way[chunk]
             self._waiting[chunk] = None
+
+
+def stays_with(me: Incarnation, now: Placement, before: Placement | None) -> bool:
+    """Whether `me` keeps a chunk under a new plan. A learner goes on only under the primary that has been filling it."""
+    if me in now.in_sync:
+        return True
+    return now.learner == me and before is not None and before.learner == me and before.primary == now.primary

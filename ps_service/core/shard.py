@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from ps_service.core.barrier import Barrier
-from ps_service.core.holdings import Filling, HeldChunk
+from ps_service.core.holdings import Filling, HeldChunk, stays_with
 
 from ps_service.core.messages import (
     Ack, Alarm, Announce, Answer, Apply, AskInSync, Checkpoint, Close, Compare, Contribution, Decision, DropSums, Effect,
@@ -150,7 +150,8 @@ class ShardCore:
         effects: list[Effect] = []
         for chunk in self.chunks:
             effects += [*self._replicate(chunk, again=True), *self._tell_position(chunk)]
-        return effects + [self._refill(chunk) for chunk in self._filling.under_way] + self._send_records()
+        chunks = [*self._filling.under_way, *self._filling.send(lambda chunk: True)]
+        return effects + [self._refill(chunk) for chunk in chunks] + self._send_records()
 
     # ---- roles ---------------------------------------------------------------------------------------------------------
 
@@ -166,15 +167,10 @@ class ShardCore:
         held = self.chunks.get(chunk)
         if held is None:
             return []
-        stays = self.me in now.in_sync or (
-            # a learner goes on only under the primary that has been filling it
-            now.learner == self.me and before is not None and before.learner == self.me and before.primary == now.primary
-        )
-        if not stays:
+        if not stays_with(self.me, now, before):
             del self.chunks[chunk]
             return [Forget(chunk)]
-        held.acks.clear()  # acks count in their own epoch only
-        held.awaited.clear()
+        held.acks, held.awaited = set(), set()  # acks count in their own epoch only
         if now.primary == self.me and before is not None and before.primary == self.me:
             return []  # what was counted here stays counted
         if held.closed is None:
@@ -210,17 +206,21 @@ class ShardCore:
     # ---- replication ---------------------------------------------------------------------------------------------------
 
     def _replicate(self, chunk: ChunkId, again: bool = False) -> list[Effect]:
-        """4. The sum goes to all who must hold it; what is sent again brings the records of the step before with it."""
+        """4. The sum goes to all who must hold it, and to a learner behind its refill, so that it keeps up; what is sent again
+        brings the records of the step before with it."""
         assert self.plan is not None
         held = self.chunks[chunk]
         if held.closed is None or not self.is_primary(chunk):
             return []
         is_compared = (chunk + held.version) % COMPARED_EVERY_STEPS == 0
         message = Replicate(held.closed, self.book.before(held.version) if again else (), is_compared)
-        return [self._send(to, message) for to in self.backups(chunk) if to not in held.acks]
+        learner = self.plan.placements[chunk].learner if chunk in self._filling.under_way else None
+        receivers = dict.fromkeys([*self.backups(chunk), *([learner] if learner else [])])
+        return [self._send(to, message) for to in receivers if to not in held.acks]
 
     def _fill(self) -> list[Effect]:
-        return [self._refill(chunk) for chunk in self._filling.send()]
+        """A chunk is sent while its step is open, for its sum is no state and would be a third more."""
+        return [self._refill(chunk) for chunk in self._filling.send(lambda chunk: self.chunks[chunk].closed is None)]
 
     def _refill(self, chunk: ChunkId) -> Effect:
         assert self.plan is not None
@@ -237,7 +237,7 @@ class ShardCore:
         effects = self._learn(message.previous)
         held = self.chunks.get(chunk)
         if held is None or held.version < int(step):
-            return effects  # not there yet: no ack; the primary asks again
+            return effects + self._tell_position(chunk)  # not there yet: no ack; the primary asks again
         if held.version == int(step) and held.closed != message.record:
             held.closed = message.record  # replaces any sum that was not decided on
             held.barrier = self._fresh_barrier(chunk)
@@ -304,7 +304,8 @@ class ShardCore:
             if held.closed is not None:
                 held.acks.add(sender)
             return [*asks, *self._settle(), *self._fill()]
-        self._filling.again(message.chunk)  # a step has ended meanwhile
+        if message.version + 1 < held.version:
+            self._filling.again(message.chunk)  # else it only lags: the sum that it lacks is on its way
         return self._fill()
 
     # ---- commit --------------------------------------------------------------------------------------------------------
@@ -392,7 +393,7 @@ class ShardCore:
         if decision.stop:
             self.end_version = version
         self.book.forget_before(self.version - 1)
-        return effects
+        return effects + self._fill()
 
     def _send(self, to: Incarnation, message: Message) -> Send:
         assert self.plan is not None

@@ -186,6 +186,22 @@ def test_every_chunk_is_compared_in_turn() -> None:
     assert sum(compared.values()) == 4 and compared[0, X] and compared[COMPARED_EVERY_STEPS - 1, Y]
 
 
+def test_a_chunk_is_refilled_while_its_step_is_open_and_again_if_the_learner_has_missed_one() -> None:
+    shard = core(A)
+    shard.on_plan(plan(Placement((A,)), Placement((A,))))
+    close(shard, X)
+    effects = shard.on_plan(plan(Placement((A,), B), Placement((A,)), epoch=2))
+    assert not any(isinstance(each.envelope.message, Refill) for each in of_kind(effects, Send))  # type: ignore[attr-defined]
+    effects = close(shard, Y)  # the step is decided
+    (refill,) = (e.envelope.message for e in of_kind(effects, Send) if isinstance(e.envelope.message, Refill))  # type: ignore[attr-defined]
+    assert (refill.chunk, refill.version, refill.closed) == (X, 1, None)
+    for step in (1, 2):
+        close(shard, X, step=step), close(shard, Y, step=step)
+    effects = shard.on_message(Envelope(B, PlanNumber(1, 2), 0, Position(X, Version(1), False)))
+    (refill,) = (e.envelope.message for e in of_kind(effects, Send) if isinstance(e.envelope.message, Refill))  # type: ignore[attr-defined]
+    assert refill.version == 3
+
+
 def test_a_deposed_primary_applies_only_the_sum_that_was_decided_on() -> None:
     shard = core(A)
     shard.on_plan(plan(Placement((A, B)), Placement((B, A))))
@@ -254,16 +270,15 @@ def test_a_learner_is_filled_a_few_chunks_at_a_time_and_waited_for_where_it_stan
     learning = plan(*(replace(each, learner=B) for each in placements), epoch=2)
     assert refilled(shard.on_plan(learning)) == [0, 1, 2, 3]
     assert refilled(stands(0, 0)) == [4]
-    assert refilled(close(shard, ChunkId(1))) == []
-    effects = stands(1, 0)  # the sum of its step is not with the learner: again, after the others
-    assert (refilled(effects), shard.caught_up()) == ([5], [(0, B)])
-    assert refilled(stands(2, 0)) == [1]
-    assert of_kind(stands(1, 0, closed=True), AskInSync) == [AskInSync(PlanNumber(1, 2), ChunkId(1), B)]
+    assert sent(close(shard, ChunkId(1)), Replicate) == [Replicate(record(ChunkId(1)))], "the sum follows behind its refill"
+    assert refilled(stands(1, 0)) == [], "it only lags"
+    effects = stands(1, 0, closed=True)
+    assert refilled(effects) == [5] and of_kind(effects, AskInSync) == [AskInSync(PlanNumber(1, 2), ChunkId(1), B)]
     assert of_kind(stands(1, 0, closed=True), AskInSync) == [], "asked once"
+    assert shard.caught_up() == [(0, B), (1, B)]
     assert sent(close(shard, ChunkId(0)), Replicate) == [Replicate(record(ChunkId(0)), is_compared=True)], (
         "who is waited for gets the sum"
     )
-    assert sent(close(shard, ChunkId(3)), Replicate) == [], "who is not does not"
 
 
 def test_a_stop_and_a_checkpoint_ride_in_the_record_and_act_everywhere_at_one_version() -> None:
