@@ -135,8 +135,6 @@ class Shard:
             if before is not None and before.timeline != plan.timeline:
                 self._summaries.clear()  # they are of steps that are void now
             self.publications.fail_waiting()
-            if before is not None and plan.timeline != before.timeline:
-                self._summaries.clear()  # of steps that the coordinator would take for the new timeline's
             self._set_outboxes(plan)
             for chunk in range(len(plan.placements)):
                 if plan.placements[chunk].primary != self.me:

@@ -25,6 +25,11 @@ ACTIVATION = worker_pb2.TRANSFER_KIND_ACTIVATION
 GRADIENT = worker_pb2.TRANSFER_KIND_GRADIENT
 VALIDATION = worker_pb2.TRANSFER_KIND_VALIDATION
 
+
+class StepClosed(Exception):
+    """The next version is published: nothing of the step is needed any more, and neighbours may have left it."""
+
+
 Direction = Literal["above", "below"]
 Key = tuple[int, int, int]  # kind, step, micro-batch
 Request = wire.Framed[worker_pb2.TransferRequest]
@@ -102,11 +107,16 @@ class Inbox:
         with self._changed:
             self._drop(lambda key: key[0] != VALIDATION and key[1] == version and key[2] in micro_batches)
 
-    def take(self, kind: int, version: Version, index: int, attempt: Attempt) -> Tensor:
-        """Waits for an item: fp32 [B, T, H], the caller's until `give`. Raises `Abandoned`."""
+    def take(
+        self, kind: int, version: Version, index: int, attempt: Attempt, is_closed: Callable[[], bool] = lambda: False
+    ) -> Tensor:
+        """Waits for an item: fp32 [B, T, H], the caller's until `give`. Raises `Abandoned`; `StepClosed` if it is not here and
+        `is_closed`, which is looked at again after `wake`."""
         key = (kind, version, index)
         with self._changed:
-            attempt.wait(self._changed, lambda: key in self._items)
+            attempt.wait(self._changed, lambda: key in self._items or is_closed())
+            if key not in self._items:
+                raise StepClosed
             item = self._items.pop(key)
             self._bytes[_direction(kind)] -= item.nbytes
             self._changed.notify_all()
@@ -115,6 +125,11 @@ class Inbox:
     def give(self, item: Tensor) -> None:
         """The memory of an item may be used again."""
         self._pool.give(item)
+
+    def wake(self) -> None:
+        """Whoever waits for an item looks again whether the step is closed."""
+        with self._changed:
+            self._changed.notify_all()
 
     def stop(self) -> None:
         with self._changed:

@@ -69,13 +69,17 @@ class Puller:
         *,
         offer: Callable[[Plan], None],
         on_ended: Callable[[Incarnation], None],
+        on_published: Callable[[], None],
         on_fault: Callable[[str], None],
         on_bytes: Callable[[int], None],
     ) -> None:
         """`parameters`: flat, fp32, by name. `offer` gets plans that shards attach, `on_ended` hears of a shard that ended a call
-        without all that it was asked for, `on_fault` of one that sent something else."""
+        without all that it was asked for, `on_published` that `published` has grown, `on_fault` of one that sent something
+        else."""
+        self.published = Version(-1)  # the newest version that a shard has answered with, taken or not
         self._plan, self._parameters, self._staging, self._client_of = plan, parameters, staging, client_of
-        self._offer, self._on_ended, self._on_fault, self._on_bytes = offer, on_ended, on_fault, on_bytes
+        self._offer, self._on_ended, self._on_published = offer, on_ended, on_published
+        self._on_fault, self._on_bytes = on_fault, on_bytes
         self._chunks: dict[ChunkId, Chunk] = {}
         self._names: defaultdict[ChunkId, list[str]] = defaultdict(list)
         for item in items:
@@ -166,6 +170,7 @@ class Puller:
             with self._changed:
                 asked.calls[shard] = call
             for response in call:
+                self._note_published(response.header)
                 with self._changed:
                     self._changed.wait_for(lambda: asked.open or asked.cancelled)
                 if asked.cancelled or arriving.take(response):
@@ -178,6 +183,12 @@ class Puller:
             return "refused"
         except (grpc.RpcError, ValueError):  # ValueError: the channel was closed
             return "failed"
+
+    def _note_published(self, header: ps_pb2.PullResponse) -> None:
+        is_answer = header.outcome in (ps_pb2.PULL_OUTCOME_DATA, ps_pb2.PULL_OUTCOME_SUPERSEDED)
+        if is_answer and header.version > self.published:
+            self.published = Version(header.version)
+            self._on_published()
 
     # ---- for _Arriving -------------------------------------------------------------------------------------------------
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from worker_service import inbox as inboxes
 from worker_service.attempt import Attempt
 from worker_service.core.events import Key, Refusal
 from worker_service.core.schedule import Backward, Forward, Weights, schedule
-from worker_service.inbox import ACTIVATION, GRADIENT, VALIDATION, Inbox
+from worker_service.inbox import ACTIVATION, GRADIENT, VALIDATION, Inbox, StepClosed
 from worker_service.instruments import WorkerInstruments
 from worker_service.links import Link, Route
 from worker_service.pulls import SHARD, Puller
@@ -96,6 +97,7 @@ class Seat:
             self._client_of,
             offer=around.offer,
             on_ended=around.on_pull_ended,
+            on_published=around.inbox.wake,
             on_fault=around.on_fault,
             on_bytes=around.instruments.pulled_bytes.inc,
         )
@@ -179,9 +181,13 @@ class Seat:
     # ---- computing -----------------------------------------------------------------------------------------------------
 
     def run(self, version: Version, blocks: Sequence[Block], attempt: Attempt) -> float | None:
-        """Computes and pushes the lanes of `blocks`. In a last stage the mean loss a token. Raises `Abandoned`."""
+        """Computes and pushes the lanes of `blocks`. In a last stage the mean loss a token. Raises `Abandoned`.
+
+        Ends early if the next version is published before neighbours have sent all: the lanes were counted already, and who has
+        seen that is gone on without sending the rest.
+        """
         self._attempt, config = attempt, self._around.config
-        with self._around.instruments.computing():
+        with self._around.instruments.computing(), suppress(StepClosed):
             micro_batches = self.compute.begin(blocks)
             received: defaultdict[MicroBatch, list[Tensor]] = defaultdict(list)
             for action in schedule(config.pipeline.schedule, self._stage, len(self._chain), micro_batches):
@@ -197,9 +203,9 @@ class Seat:
                             self._around.inbox.give(item)
             num_tokens = sum(self._tokens_of(block) for block in blocks)
             self._around.instruments.tokens.inc(num_tokens)
-            if not self.compute.layers.is_last:
-                return None
-            return sum(self.compute.loss(block) for block in blocks) / num_tokens
+            if self.compute.layers.is_last:
+                return sum(self.compute.loss(block) for block in blocks) / num_tokens
+        return None
 
     def _forward(self, version: Version, micro_batch: MicroBatch, received: defaultdict[MicroBatch, list[Tensor]]) -> None:
         config, device = self._around.config, self._around.staging.device
@@ -231,7 +237,8 @@ class Seat:
 
     def _take(self, kind: int, version: Version, index: int) -> Tensor:
         with self._around.instruments.waiting("bubble"):
-            return self._around.inbox.take(kind, version, index, self._attempt)
+            is_closed = (lambda: self._puller.published > version) if kind != VALIDATION else (lambda: False)
+            return self._around.inbox.take(kind, version, index, self._attempt, is_closed)
 
     def validate(self, version: Version, indices: Sequence[int], attempt: Attempt) -> None:
         """Forwards only; the last stage reports each loss. Raises `Abandoned`."""

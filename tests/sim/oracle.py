@@ -50,6 +50,8 @@ class Oracle:
         known = self.decisions.setdefault((timeline, step), decision)
         if known != decision:
             raise BrokenInvariant(f"4: two decisions of step {step}: {known} and {decision}")
+        if not all(run.is_exact for run in decision.tally.runs):
+            raise BrokenInvariant(f"1: in step {step} lanes were counted as {decision.tally}")
         if decision.skipped:
             self.skips.add((timeline, step))
 

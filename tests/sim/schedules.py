@@ -24,7 +24,7 @@ HAPPENS: dict[str, str] = {
     "a coordinator that dies": "kill coordinator, stop coordinator, part coordinator, kill shard",
     "comings and goings": "join shard, join worker, leave shard, leave worker, asked in sync",
     "comings and goings of pipelines": "join shard, join worker, leave shard, leave worker",
-    "everything": "kill shard, kill coordinator, stop shard, part shard, leave shard, checkpoint, pause run, stop run, roll-backs",
+    "everything": "kill shard, kill coordinator, stop shard, part shard, leave shard, checkpoint, pause run, roll-backs",
     "everything, zero bubble, a bad network": "kill shard, kill coordinator, lost, doubled, roll-backs",
 }
 

@@ -360,8 +360,8 @@ class ShardProcess(MemberProcess):
             return
         self._summaries.append(
             StepSummary(
-                step, decision.loss, decision.grad_norm, decision.learning_rate, decision.tokens, decision.skipped,
-                decision.requests,
+                step, decision.loss, decision.grad_norm, decision.learning_rate, decision.tokens, decision.tally,
+                decision.skipped, decision.requests,
             )
         )  # fmt: skip
 

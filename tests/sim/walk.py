@@ -16,6 +16,10 @@ class FailedSchedule(AssertionError):
     """Says how to replay it."""
 
 
+class EmptySchedule(AssertionError):
+    """Nothing went wrong, and it proves nothing."""
+
+
 @dataclass
 class Walk:
     """What many schedules came to."""
@@ -24,7 +28,6 @@ class Walk:
     num: Counter[str] = field(default_factory=Counter)
 
     def take(self, world: World) -> None:
-        """Raises `FailedSchedule` for a schedule that got nowhere."""
         self.num_schedules += 1
         self.num += world.num
 
@@ -39,9 +42,9 @@ def replay(name: str, seed: int, *, is_traced: bool = False) -> World:
     try:
         world.run()
         if world.num["versions"] < 2:
-            raise AssertionError("no two steps were made")
+            raise EmptySchedule("no two steps were made")
         if not world.num["struck"]:
-            raise AssertionError("nothing befell it")
+            raise EmptySchedule("nothing befell it")
     except Exception as broken:
         raise FailedSchedule(f"{type(broken).__name__}: {broken}\n{command(name, seed)}") from broken
     return world

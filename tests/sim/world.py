@@ -127,17 +127,11 @@ class World:
                 lines.append(f"  {[(each.workers, each.begins_at, each.formed) for each in run.plan.replicas]}")
         for shard in self.shards.values():
             if shard.alive:
-                held = {
-                    chunk: (
-                        each.version,
-                        each.closed is not None,
-                        sorted(each.acks),
-                        sorted(each.awaited),
-                        [table.counted for table in each.barrier.sites],
-                    )
-                    for chunk, each in shard.core.chunks.items()
-                }
-                lines.append(f"{shard}: plan {shard.core.plan and shard.core.plan.number} {held} end {shard.core.end_version}")
+                lines.append(f"{shard}: plan {shard.core.plan and shard.core.plan.number} end {shard.core.end_version}")
+                for chunk, held in shard.core.chunks.items():
+                    lanes = [table.counted for table in held.barrier.sites]
+                    acks = f"acks {sorted(held.acks)} awaited {sorted(held.awaited)}"
+                    lines.append(f"    chunk {chunk} at {held.version} closed {held.closed is not None} lanes {lanes} {acks}")
         for worker in self.workers.values():
             if worker.alive:
                 stepper = worker.stepper

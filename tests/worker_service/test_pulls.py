@@ -48,6 +48,7 @@ class Pulling:
             clients.__getitem__,
             offer=self.offered.append,
             on_ended=self.ended.append,
+            on_published=lambda: None,
             on_fault=self.faults.append,
             on_bytes=lambda size: None,
         )
