@@ -35,7 +35,16 @@ class RecordBook:
         return tuple(self.of(Step(version - 1)).values())
 
     def learn(self, record: Record) -> bool:
-        """Whether it is news; the first record of a chunk's step stands, for all are the same."""
+        """Whether it is news; the first record of a chunk's step stands, for all are the same.
+
+        Who tells of a step has seen the one before decided, so nobody in sync needs what is older: this bounds the book of a shard
+        that holds no chunk, and so applies nothing.
+        """
+        if record.step not in self.records:
+            newest = max(self.records, default=record.step)
+            if record.step < newest - 1:
+                return False
+            self.forget_before(record.step - 1)
         known = self.records.setdefault(record.step, {})
         is_news = record.chunk not in known
         known.setdefault(record.chunk, record)

@@ -151,13 +151,14 @@ class Bench:
         return Frozen(core.plan, chunks, tuple(records), tuple(core._filling._waiting), tuple(core._filling._under_way))
 
     def outcome(self, effects: Sequence[Effect], letter: Letter | None = None) -> Outcome:
-        """Does the effects, then adds whatever a tick would send again."""
+        """Does the effects; whatever a tick would send then is sent, too, and nothing else of the tick happens."""
         self._do(effects, letter)
+        self._check()
+        after = self.freeze()
         if self.core.plan is not None:
             self._do(self.core.on_tick(), None)
-        self._check()
         return Outcome(
-            self.freeze(),
+            after,
             tuple(dict.fromkeys(self._letters)),
             tuple(self._asks),
             tuple(self._applied),

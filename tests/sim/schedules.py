@@ -34,4 +34,4 @@ def check(name: str, block: int) -> None:
     total = walk(name, range(block * BLOCK, (block + 1) * BLOCK)).num
     seldom = Counter({what: total[what] for what in HAPPENS[name].split(", ") if total[what] < BLOCK // 24})
     assert not seldom, f"{name}: too seldom in {BLOCK} schedules"
-    assert total["versions"] > 2 * BLOCK
+    assert total["commits"] > 3 * BLOCK

@@ -144,6 +144,8 @@ class Search:
             known = self._frozen[number].plan
             if known is not state.plan and (then := self._after(state, name, ("plan", state.plan))):
                 yield f"{name} adopts plan {state.plan.number}", then
+            if then := self._after(state, name, ("tick",)):
+                yield f"{name} sends again", then
             for event in self._pushes(state):
                 if then := self._after(state, name, event):
                     yield f"{name} gets lane {event[3]} of chunk {event[1]} for step {event[2]}", then
@@ -270,7 +272,7 @@ class Search:
                     letter = self._letters[number]
                     effects = core.on_message(letter.envelope)
                 case _:
-                    effects = []
+                    effects = core.on_tick()
         except StaleError:
             return None
         outcome = bench.outcome(effects, letter)

@@ -12,15 +12,16 @@ from tests.sim.frozen import FIELDS, Bench, decide_by_digests
 from tests.sim.search import Search
 from tests.sim.settings import SETTINGS
 
-NUM_STATES = {  # of each setting, at least; those that are searched to the end have exactly so many while the protocol is this
+NUM_STATES = {  # of each setting, at least
     "a death": 1_000,
-    "one chunk, a mistake, a death": 10_000,
+    "one chunk, a mistake, a death": 100_000,
     "a refill": 45_000,
     "hand-overs": 60_000,
     "a mistake": 45_000,
 }
 
 
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("name", NUM_STATES)
 def test_every_state_is_sound_and_comes_to_the_end(name: str) -> None:
     found = Search(SETTINGS[name]).run()

@@ -41,7 +41,7 @@ def replay(name: str, seed: int, *, is_traced: bool = False) -> World:
     world = World(seed, SHAPES[name], print if is_traced else None)
     try:
         world.run()
-        if world.num["versions"] < 2:
+        if world.num["commits"] < 2:
             raise EmptySchedule("no two steps were made")
         if not world.num["struck"]:
             raise EmptySchedule("nothing befell it")

@@ -111,7 +111,7 @@ class World:
             history = newest.histories[ChunkId(chunk)]
             if plainly(history) != self.oracle.expected(newest.timeline, ChunkId(chunk), newest.version):
                 raise BrokenInvariant(f"1, 2: chunk {chunk} ends as {history}")
-        self.num["versions"] = end
+        self.num["commits"] = len(self.oracle.decisions)
 
     def situation(self) -> str:
         """Who stands where, for a run that is stuck."""
