@@ -37,8 +37,8 @@ class RecordBook:
     def learn(self, record: Record) -> bool:
         """Whether it is news; the first record of a chunk's step stands, for all are the same.
 
-        Who tells of a step has seen the one before decided, so nobody in sync needs what is older: this bounds the book of a shard
-        that holds no chunk, and so applies nothing.
+        Who tells of a step has seen the one before decided, so nobody in sync needs what is older. It bounds the book of a shard
+        that holds no chunk and so applies nothing.
         """
         if record.step not in self.records:
             newest = max(self.records, default=record.step)
