@@ -17,7 +17,7 @@ from shardlane.chunks import BufferPool, byte_view
 from shardlane.ids import Incarnation, PlanNumber, RunId, Version
 from shardlane.pb import tensor_pb2, worker_pb2
 from worker_service.attempt import Abandoned, Attempt
-from worker_service.inbox import ACTIVATION, GRADIENT, VALIDATION, Inbox, Seat
+from worker_service.inbox import ACTIVATION, GRADIENT, VALIDATION, Inbox, Seat, StepClosed
 from worker_service.links import SERVICE, Link, Route
 from worker_service.servicer import WorkerServicer
 from worker_service.staging import HostTensor, Staging
@@ -174,6 +174,34 @@ def test_a_lane_that_runs_again_is_taken_again(receiver: Receiver, link_to: Call
     receiver.inbox.run_again(Version(0), range(2, 4))
     send(link, ACTIVATION, 0, 2, seed=1)
     assert torch.equal(receiver.take(ACTIVATION, 0, 2), values(1))
+
+
+def test_a_neighbour_that_goes_back_to_an_earlier_version_sooner_is_heard(
+    receiver: Receiver, link_to: Callable[..., Link]
+) -> None:
+    """After a roll-back: its first activations come before this stage has begun with that version."""
+    receiver.inbox.begin(Version(5))
+    receiver.inbox.open(seat(2).number, seat(2))
+    send(link_to(receiver, epoch=2), ACTIVATION, 3, 0, seed=1)
+    wait_for(lambda: receiver.inbox.num_bytes == 4 * values(1).numel())
+    receiver.inbox.begin(Version(3))
+    assert torch.equal(receiver.take(ACTIVATION, 3, 0), values(1))
+
+
+def test_a_wait_ends_when_the_step_is_closed_but_what_is_here_is_taken(receiver: Receiver, link_to: Callable[..., Link]) -> None:
+    send(link_to(receiver), ACTIVATION, 0, 0, seed=1)
+    wait_for(lambda: receiver.inbox.num_bytes == 4 * values(1).numel())
+    closed: list[bool] = []
+    attempt = Attempt()
+    assert torch.equal(receiver.inbox.take(ACTIVATION, Version(0), 0, attempt, lambda: bool(closed)), values(1))
+
+    def close() -> None:
+        closed.append(True)
+        receiver.inbox.wake()
+
+    threading.Timer(0.05, close).start()
+    with pytest.raises(StepClosed):
+        receiver.inbox.take(ACTIVATION, Version(0), 1, attempt, lambda: bool(closed))
 
 
 def test_a_wait_ends_when_the_work_is_abandoned(receiver: Receiver) -> None:
