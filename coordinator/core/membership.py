@@ -159,10 +159,6 @@ class Members:
         """Whether it was a member. One that lives nevertheless registers again."""
         return self._states.pop(incarnation, None) is not None
 
-    def role(self, incarnation: Incarnation) -> Role:
-        """Of a member."""
-        return self._states[incarnation].registration.role
-
     def plan(self, incarnation: Incarnation) -> PlanNumber:
         """The newest that a member has adopted."""
         return self._states[incarnation].plan

@@ -64,8 +64,9 @@ class Present:
     def staying_workers(self, plan: Plan | None) -> list[Incarnation]:
         """Those of `plan` if all leave: they work as long as they are here."""
         names = _staying(self.workers, self.leaving)
-        are_all_going = plan is not None and self.leaving.issuperset(names)
-        return [name for name in names if plan is not None and plan.seat(name)] or names if are_all_going else names
+        if plan is None or not self.leaving.issuperset(names):
+            return names
+        return [name for name in names if plan.seat(name)] or names
 
     def __contains__(self, incarnation: Incarnation) -> bool:
         return any(member.incarnation == incarnation for member in (*self.shards, *self.workers))
