@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 
 from torch import Tensor
 
@@ -10,7 +12,7 @@ from ps_service.core.messages import Ack, Envelope, Message, Position, Record, R
 from shardlane import wire
 from shardlane.chunks import byte_view
 from shardlane.errors import MalformedError
-from shardlane.ids import ChunkId, Incarnation, RunId, Step, Version
+from shardlane.ids import ChunkId, Incarnation, PlanNumber, RunId, Step, Version
 from shardlane.partition import Layout
 from shardlane.pb import ps_pb2, tensor_pb2
 
@@ -53,6 +55,29 @@ def chunk_id(chunk: int, num_chunks: int) -> ChunkId:
     return ChunkId(chunk)
 
 
+def merged(envelopes: Iterable[Envelope]) -> list[Envelope]:
+    """The same said in fewer messages: acknowledgements of one step, and records, of one sender under one plan, as one each."""
+    acks: dict[tuple[Incarnation, PlanNumber, int, Step], list[Ack]] = defaultdict(list)
+    records: dict[tuple[Incarnation, PlanNumber, int], list[Records]] = defaultdict(list)
+    others = []
+    for envelope in envelopes:
+        fence = (envelope.sender, envelope.plan, envelope.timeline)
+        match envelope.message:
+            case Ack() as ack:
+                acks[*fence, ack.step].append(ack)
+            case Records() as news:
+                records[fence].append(news)
+            case _:
+                others.append(envelope)
+    whole = [
+        Envelope(*fence, Records(tuple(chain.from_iterable(each.records for each in news)))) for fence, news in records.items()
+    ]
+    whole += [
+        Envelope(*key[:3], Ack(key[3], tuple(chain.from_iterable(each.chunks for each in told)))) for key, told in acks.items()
+    ]
+    return others + whole
+
+
 def to_wire(
     envelope: Envelope, tensors: Sequence[Tensor], *, run_id: RunId, receiver: Incarnation
 ) -> Iterator[wire.Framed[ps_pb2.DeliverRequest]]:
@@ -86,7 +111,7 @@ def _set_body(header: ps_pb2.DeliverRequest, message: Message) -> None:
             header.replicate.previous.extend(record_to_wire(record) for record in message.previous)
             header.replicate.parameters_digest = message.parameters_digest
         case Ack():
-            header.ack.CopyFrom(ps_pb2.Ack(step=message.step, chunk=message.chunk))
+            header.ack.CopyFrom(ps_pb2.Ack(step=message.step, chunks=message.chunks))
         case Records():
             header.records.records.extend(record_to_wire(record) for record in message.records)
         case Refill():
@@ -116,7 +141,7 @@ def from_wire(request: ps_pb2.DeliverRequest, layout: Layout, num_lanes: int) ->
             compared = body.parameters_digest
             message = Replicate(one(body.record), records(body.previous), bool(compared), compared)
         case "ack":
-            message = Ack(Step(request.ack.step), chunk_id(request.ack.chunk, num_chunks))
+            message = Ack(Step(request.ack.step), tuple(chunk_id(chunk, num_chunks) for chunk in request.ack.chunks))
         case "records":
             message = Records(records(request.records.records))
         case "refill":

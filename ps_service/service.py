@@ -25,7 +25,7 @@ TICK_SECONDS = 1.0  # a shard that has not moved for so long sends again what ma
 STALLED_TICKS = 15  # without a step, and the log says what is missing
 PUSHES_MAX = 32  # push streams served at a time, each with one chunk in memory
 PULLS_MAX = 64  # pulls that wait or stream at a time; further ones queue
-DELIVERIES_MAX = 32  # other shards that deliver at a time
+DELIVERIES_MAX = 256  # calls of other shards at a time: two of each, and threads are only made when needed
 
 
 class ShardService:

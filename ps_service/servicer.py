@@ -15,7 +15,7 @@ from ps_service.shard import Shard
 from shardlane import rpc, wire
 from shardlane.chunks import Assembly, byte_view
 from shardlane.errors import MalformedError, NotReadyError, StaleError
-from shardlane.ids import ChunkId, SiteIndex, Step, Version
+from shardlane.ids import ChunkId, PlanNumber, SiteIndex, Step, Version
 from shardlane.partition import OPTIMIZER_STATES
 from shardlane.pb import ps_pb2, tensor_pb2
 
@@ -178,16 +178,18 @@ class ShardServicer:
         self, pieces: Iterator[wire.Framed[ps_pb2.DeliverRequest]], context: grpc.ServicerContext
     ) -> ps_pb2.DeliverResponse:
         response = ps_pb2.DeliverResponse()
+        senders_plan: PlanNumber | None = None
         for piece in pieces:
             header = piece.header
             self._check_run(header.run_id)
             if header.receiver != self._shard.me:
                 raise StaleError(f"{header.receiver} is gone; {self._shard.me} is here now")
             envelope = envelopes.from_wire(header, self._layout, self._num_lanes)
+            senders_plan = envelope.plan
             values = self._values(envelope, piece, pieces) if header.slice.total else []
             self._shard.deliver(envelope, values)
         plan = self._shard.plan
-        if plan is not None and wire.number_from_wire(header.plan) < plan.number:
+        if plan is not None and senders_plan is not None and senders_plan < plan.number:
             self._attach_plan(response)
         return response
 

@@ -196,17 +196,21 @@ class Shard:
                     peer,
                     plan.addresses[peer],
                     self.run_id,
+                    on_sent=self._on_sent,
                     on_done=self._on_done,
                     on_plan=self._on_plan,
                 )
 
+    def _on_sent(self, parcel: Parcel) -> None:
+        with self._lock:
+            parcel.release()
+
     def _on_done(self, peer: Incarnation, parcels: list[Parcel], is_delivered: bool) -> None:
         with self._lock:
             for parcel in parcels:
-                if parcel.unpin is not None:
-                    parcel.unpin()
+                parcel.release()
                 if is_delivered:
-                    self._core.on_delivered(peer, parcel.envelope.message)
+                    self._core.on_delivered(peer, parcel.envelope)
             if not is_delivered and self._core.plan is not None:
                 effects = self._core.on_tick()
                 self._do([each for each in effects if isinstance(each, Send) and each.to == peer])

@@ -39,10 +39,10 @@ class Replicate:
 
 @dataclass(frozen=True, slots=True)
 class Ack:
-    """The sender is at version `step` of the chunk and holds its sum of `step`."""
+    """The sender is at version `step` of the chunks and holds their sums of `step`."""
 
     step: Step
-    chunk: ChunkId
+    chunks: tuple[ChunkId, ...]
 
 
 @dataclass(frozen=True, slots=True)

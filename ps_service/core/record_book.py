@@ -17,6 +17,7 @@ class RecordBook:
         """`decide` gets a step and its records in chunk order."""
         self.records: dict[Step, dict[ChunkId, Record]] = {}
         self.decided: dict[Step, Decision] = {}
+        self.news: set[Step] = set()  # steps that a record was learnt of since the core last looked
         self._num_chunks = num_chunks
         self._decide = decide
         self._delivered: set[tuple[Incarnation, Step, ChunkId]] = set()
@@ -25,6 +26,7 @@ class RecordBook:
         """14. Another timeline."""
         self.records.clear()
         self.decided.clear()
+        self.news.clear()
         self._delivered.clear()
 
     def of(self, step: Step) -> dict[ChunkId, Record]:
@@ -47,7 +49,9 @@ class RecordBook:
             self.forget_before(record.step - 1)
         known = self.records.setdefault(record.step, {})
         is_news = record.chunk not in known
-        known.setdefault(record.chunk, record)
+        if is_news:
+            known[record.chunk] = record
+            self.news.add(record.step)
         return is_news
 
     def decision(self, step: Step) -> Decision | None:

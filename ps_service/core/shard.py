@@ -8,11 +8,10 @@ the present state still asks for.
 # isort: skip_file
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 from ps_service.core.barrier import Barrier
 from ps_service.core.holdings import Filling, HeldChunk, stays_with
-
 from ps_service.core.messages import (
     Ack, Alarm, Announce, Answer, Apply, AskInSync, Checkpoint, Close, Compare, Contribution, Decision, DropSums, Effect,
     Envelope, Forget, KeepState, KeepSum, Load, Message, Outcome, Position, Publish, Record, Records, Refill, Replicate, Send,
@@ -94,7 +93,7 @@ class ShardCore:
         held.measuring = False
         barrier, step = held.barrier, Step(held.version)
         held.closed = Record(step, chunk, square_norm, barrier.tokens, barrier.loss, digest, barrier.tally, self.requests)
-        return [*self._replicate(chunk), *self._settle()]
+        return [*self._replicate(chunk), *self._settle([chunk])]
 
     def on_plan(self, plan: Plan) -> list[Effect]:
         """1 and 10. Adopts a greater plan. Raises `StaleError` for the same number with another content."""
@@ -119,7 +118,7 @@ class ShardCore:
         self._filling.begin(chunk for chunk in self.chunks if self.is_primary(chunk) and plan.placements[chunk].learner)
         for chunk in self.chunks:
             effects += [*self._replicate(chunk), *self._tell_position(chunk)]
-        return effects + self._send_records() + self._settle() + self._fill()
+        return effects + self._send_records() + self._settle(self.chunks) + self._fill()
 
     def on_message(self, envelope: Envelope) -> list[Effect]:
         """A message of another shard. Raises `StaleError` for one of another timeline."""
@@ -140,10 +139,10 @@ class ShardCore:
             case Position():
                 return self._on_position(envelope.sender, message)
 
-    def on_delivered(self, to: Incarnation, message: Message) -> None:
-        """`to` has processed the message."""
-        if isinstance(message, Records):
-            self.book.delivered(to, message.records)
+    def on_delivered(self, to: Incarnation, envelope: Envelope) -> None:
+        """`to` has processed the message. One of another timeline told it nothing of this one's steps."""
+        if isinstance(envelope.message, Records) and self.plan is not None and envelope.timeline == self.plan.timeline.id:
+            self.book.delivered(to, envelope.message.records)
 
     def on_tick(self) -> list[Effect]:
         """Sends again whatever the present state asks for and is not known to have arrived."""
@@ -247,7 +246,7 @@ class ShardCore:
         return effects + self._acknowledge(chunk, step, sender)
 
     def _acknowledge(self, chunk: ChunkId, step: Step, to: Incarnation) -> list[Effect]:
-        return [self._send(to, Ack(step, chunk)), *self._tell_position(chunk), *self._settle()]
+        return [self._send(to, Ack(step, (chunk,))), *self._tell_position(chunk), *self._settle([chunk])]
 
     def on_compared(self, chunk: ChunkId, sender: Incarnation, *, is_equal: bool) -> list[Effect]:
         """Invariant 6: copies are the same, bit for bit. One that is not is dropped, and filled again by a later plan."""
@@ -262,12 +261,14 @@ class ShardCore:
         return [Alarm(text), Forget(chunk)]
 
     def _on_ack(self, sender: Incarnation, message: Ack) -> list[Effect]:
-        """6. Acks of the present epoch close the chunk."""
-        held = self.chunks.get(message.chunk)
-        if held is None or held.version != int(message.step) or held.closed is None or not self.is_primary(message.chunk):
-            return []
-        held.acks.add(sender)
-        return self._settle()
+        """6. Acks of the present epoch close their chunks."""
+        touched = []
+        for chunk in filter(self.is_primary, message.chunks):
+            held = self.chunks[chunk]
+            if held.version == int(message.step) and held.closed is not None:
+                held.acks.add(sender)
+                touched.append(chunk)
+        return self._settle(touched)
 
     def _on_refill(self, message: Refill) -> list[Effect]:
         """11. Only a learner takes it, and only what is ahead of what it holds."""
@@ -280,7 +281,7 @@ class ShardCore:
         if held is None or (held.version, held.closed is not None) < (message.version, message.closed is not None):
             self.chunks[chunk] = HeldChunk(message.version, self._fresh_barrier(chunk), closed=message.closed)
             effects.append(KeepState(chunk, message.version, with_sum=message.closed is not None))
-        return effects + self._learn(message.previous) + self._tell_position(chunk)
+        return effects + self._learn(message.previous, [chunk]) + self._tell_position(chunk)
 
     def _tell_position(self, chunk: ChunkId) -> list[Effect]:
         """11. A learner says where it stands, after every change."""
@@ -303,34 +304,35 @@ class ShardCore:
             held.awaited.add(sender)
             if held.closed is not None:
                 held.acks.add(sender)
-            return [*asks, *self._settle(), *self._fill()]
+            return [*asks, *self._settle([message.chunk]), *self._fill()]
         if message.version + 1 < held.version:
             self._filling.again(message.chunk)  # else it only lags: the sum that it lacks is on its way
         return self._fill()
 
     # ---- commit --------------------------------------------------------------------------------------------------------
 
-    def _learn(self, records: Iterable[Record]) -> list[Effect]:
+    def _learn(self, records: Iterable[Record], touched: Collection[ChunkId] = ()) -> list[Effect]:
         """Takes in records; each is true for ever within the timeline, whoever repeats it."""
-        current = self.version
         for record in records:
-            if record.step >= current - 1:
+            if record.step in self.book.records or record.step >= self.version - 1:
                 self.book.learn(record)
-        return self._settle()
+        return self._settle(touched)
 
-    def _settle(self) -> list[Effect]:
-        """6 to 8. Reports what has closed, decides what can be decided, applies what was decided, until nothing moves."""
-        effects: list[Effect] = []
-        while moved := self._report_closed() + self._apply_decided():
-            effects += moved
+    def _settle(self, touched: Collection[ChunkId]) -> list[Effect]:
+        """6 to 8. Reports what has closed of the chunks that an event has touched, and applies what has been decided: to them,
+        or to all where the event brought the decision. So an event costs the same however many chunks there are."""
+        effects = self._report_closed(touched)
+        news, self.book.news = self.book.news, set()
+        for step in sorted({*news, *(Step(self.chunks[chunk].version) for chunk in touched if chunk in self.chunks)}):
+            effects += self._apply_decided(step, self.chunks if step in news else touched)
         return effects
 
-    def _report_closed(self) -> list[Effect]:
+    def _report_closed(self, touched: Collection[ChunkId]) -> list[Effect]:
         """6. Nobody is told anything about a chunk that its in-sync backups do not hold."""
-        assert self.plan is not None
         fresh = []
-        for chunk, held in self.chunks.items():
-            if held.closed is None or not self.is_primary(chunk):
+        for chunk in touched:
+            held = self.chunks.get(chunk)
+            if held is None or held.closed is None or not self.is_primary(chunk):
                 continue
             if held.acks.issuperset(self.backups(chunk)) and self.book.learn(held.closed):
                 fresh.append(held.closed)
@@ -346,27 +348,25 @@ class ShardCore:
                 effects.append(self._send(shard, Records(news)))
         return effects
 
-    def _apply_decided(self) -> list[Effect]:
-        """8. Every chunk whose step is decided moves on, if its sum is the one that was decided on."""
+    def _apply_decided(self, step: Step, chunks: Collection[ChunkId]) -> list[Effect]:
+        """8. Every one of `chunks` moves on, if the step is decided and its sum is the one that was decided on."""
+        decision = self.book.decision(step)
+        if decision is None:
+            return []
         effects: list[Effect] = []
-        steps = sorted({Step(held.version) for held in self.chunks.values() if held.closed is not None})
-        for step in steps:
-            decision = self.book.decision(step)
-            if decision is None:
+        applied = []
+        for chunk in sorted(chunks, key=lambda chunk: not self.is_primary(chunk)):  # pulls wait for those; nobody for a backup's
+            held = self.chunks.get(chunk)
+            if held is None or held.version != int(step) or held.closed is None:
                 continue
-            applied = []
-            for chunk, held in self.chunks.items():
-                if held.version != int(step) or held.closed is None:
-                    continue
-                if held.closed.digest != self.book.of(step)[chunk].digest:
-                    held.closed = None  # a deposed primary's own sum: another one was decided on
-                    held.barrier = self._fresh_barrier(chunk)
-                    effects.append(DropSums(chunk, keep_closed=False))
-                    continue
-                applied.append(chunk)
-                effects += self._apply(chunk, held, decision)
-            effects += self._after_apply(step, decision, applied)
-        return effects
+            if held.closed.digest != self.book.of(step)[chunk].digest:
+                held.closed = None  # a deposed primary's own sum: another one was decided on
+                held.barrier = self._fresh_barrier(chunk)
+                effects.append(DropSums(chunk, keep_closed=False))
+                continue
+            applied.append(chunk)
+            effects += self._apply(chunk, held, decision)
+        return effects + self._after_apply(step, decision, applied)
 
     def _apply(self, chunk: ChunkId, held: HeldChunk, decision: Decision) -> list[Effect]:
         step = Step(held.version)

@@ -148,12 +148,12 @@ class Replicate(_message.Message):
     def __init__(self, record: _Optional[_Union[Record, _Mapping]] = ..., previous: _Optional[_Iterable[_Union[Record, _Mapping]]] = ..., parameters_digest: _Optional[int] = ...) -> None: ...
 
 class Ack(_message.Message):
-    __slots__ = ("step", "chunk")
+    __slots__ = ("step", "chunks")
     STEP_FIELD_NUMBER: _ClassVar[int]
-    CHUNK_FIELD_NUMBER: _ClassVar[int]
+    CHUNKS_FIELD_NUMBER: _ClassVar[int]
     step: int
-    chunk: int
-    def __init__(self, step: _Optional[int] = ..., chunk: _Optional[int] = ...) -> None: ...
+    chunks: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, step: _Optional[int] = ..., chunks: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Records(_message.Message):
     __slots__ = ("records",)

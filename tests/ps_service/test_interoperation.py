@@ -206,6 +206,11 @@ def test_garbage_is_refused(served: Served) -> None:
     assert served.stub.Push(everything(1.0), timeout=20).num_counted == len(LAYOUT.chunks)
 
 
+def test_a_stream_without_a_message_is_answered(served: Served) -> None:
+    assert not served.stub.Deliver(iter([]), timeout=20).HasField("plan")
+    assert served.stub.Push(iter([]), timeout=20).num_counted == 0
+
+
 class StubShard(ps_pb2_grpc.ParameterShardServicer):
     """Nothing of ours: remembers what was pushed and answers pulls from memory."""
 

@@ -139,7 +139,7 @@ def test_a_chunk_closes_only_when_its_backup_holds_the_sum() -> None:
     kept = backup.on_message(sent.envelope)
     assert of_kind(kept, KeepSum) == [KeepSum(X)]
     (ack,) = [effect for effect in kept if isinstance(effect, Send)]
-    assert ack.envelope.message == Ack(Step(0), X)
+    assert ack.envelope.message == Ack(Step(0), (X,))
     effects = primary.on_message(ack.envelope)
     assert [effect.envelope.message for effect in effects if isinstance(effect, Send)] == [Records((record(X),))]
 
@@ -150,7 +150,7 @@ def test_an_ack_of_an_older_epoch_does_not_close() -> None:
     close(shard, X)
     shard.on_plan(plan(Placement((A, B)), Placement((B, A)), epoch=2))
     with pytest.raises(StaleError):
-        shard.on_message(Envelope(B, PlanNumber(1, 1), 0, Ack(Step(0), X)))
+        shard.on_message(Envelope(B, PlanNumber(1, 1), 0, Ack(Step(0), (X,))))
 
 
 def test_a_copy_that_is_not_what_the_primarys_is_is_dropped_and_told() -> None:
@@ -169,7 +169,7 @@ def test_a_copy_that_is_the_same_is_acknowledged() -> None:
     shard.on_plan(plan(Placement((A, B)), Placement((B, A))))
     shard.on_message(Envelope(A, PlanNumber(1, 1), 0, Replicate(record(X), (), True, 5)))
     (sent,) = of_kind(shard.on_compared(X, A, is_equal=True), Send)
-    assert isinstance(sent, Send) and sent.envelope.message == Ack(Step(0), X)
+    assert isinstance(sent, Send) and sent.envelope.message == Ack(Step(0), (X,))
 
 
 def test_every_chunk_is_compared_in_turn() -> None:
@@ -182,7 +182,7 @@ def test_every_chunk_is_compared_in_turn() -> None:
             (sent,) = of_kind(close(shard, chunk, step=step), Send)
             compared[step, chunk] = sent.envelope.message.is_compared  # type: ignore[attr-defined]
         for chunk in (X, Y):
-            shard.on_message(Envelope(B, PlanNumber(1, 1), 0, Ack(Step(step), chunk)))
+            shard.on_message(Envelope(B, PlanNumber(1, 1), 0, Ack(Step(step), (chunk,))))
     assert sum(compared.values()) == 4 and compared[0, X] and compared[COMPARED_EVERY_STEPS - 1, Y]
 
 
@@ -239,7 +239,7 @@ def test_who_takes_over_a_chunk_writes_its_part_of_the_version_to_be_checkpointe
     shard.on_message(Envelope(A, PlanNumber(1, 1), 0, Replicate(record(X))))
     shard.requests = REQUEST_CHECKPOINT
     close(shard, Y)
-    shard.on_message(Envelope(A, PlanNumber(1, 1), 0, Ack(Step(0), Y)))
+    shard.on_message(Envelope(A, PlanNumber(1, 1), 0, Ack(Step(0), (Y,))))
     shard.on_message(Envelope(A, PlanNumber(1, 1), 0, Records((record(X),))))
     effects = shard.on_plan(plan(Placement((B,)), Placement((B,)), epoch=2))
     assert of_kind(effects, Checkpoint) == [Checkpoint(Version(1), (X,))]
@@ -313,7 +313,7 @@ def test_what_a_shard_waits_for_is_said() -> None:
     shard.on_push(push(lane(0)))
     shard.on_measured(X, square_norm=1.0, digest=7)
     assert waits_for(shard) == "shard-b to hold the sum of step 0 of chunk 0"
-    shard.on_message(Envelope(B, PlanNumber(1, 1), 0, Ack(Step(0), X)))
+    shard.on_message(Envelope(B, PlanNumber(1, 1), 0, Ack(Step(0), (X,))))
     assert waits_for(shard) == "the other chunks of step 0; 1 have closed"
 
 
@@ -348,5 +348,17 @@ def test_what_was_lost_is_sent_again_until_it_is_known_there() -> None:
     close(shard, X)
     (again,) = shard.on_tick()
     assert isinstance(again, Send) and again.envelope.message == Records((record(X),))
-    shard.on_delivered(B, again.envelope.message)
+    shard.on_delivered(B, again.envelope)
     assert shard.on_tick() == []
+
+
+def test_who_was_told_something_before_a_roll_back_is_told_again() -> None:
+    shard = core(A)
+    shard.on_plan(plan(Placement((A,)), Placement((B,))))
+    close(shard, X)
+    (told,) = shard.on_tick()
+    shard.on_plan(plan(Placement((A,)), Placement((B,)), epoch=2, timeline=1))
+    assert isinstance(told, Send)
+    shard.on_delivered(B, told.envelope)  # the answer comes late
+    shard.on_push(push(BOTH, timeline=1, loss=2.0))
+    assert [each for each in shard.on_measured(X, square_norm=1.0, digest=7) if isinstance(each, Send)]

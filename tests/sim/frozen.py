@@ -48,7 +48,7 @@ FIELDS: dict[str, set[str]] = {
         *("me", "plan", "chunks", "book", "last_version", "end_version", "diverged", "requests"),
         *("_num_sites", "_num_lanes", "_filling"),
     },
-    "RecordBook": {"records", "decided", "_num_chunks", "_decide", "_delivered"},
+    "RecordBook": {"records", "decided", "news", "_num_chunks", "_decide", "_delivered"},
     "Filling": {"_waiting", "_under_way"},
     "HeldChunk": {"version", "barrier", "measuring", "closed", "acks", "awaited"},
     "Barrier": {"num_lanes", "sites"},
@@ -129,6 +129,7 @@ class Bench:
                 self._totals[each.chunk] = each.total
         for record in frozen.records:
             core.book.learn(record)
+        core.book.news.clear()  # whatever they decide has been done
         core._filling._waiting = dict.fromkeys(frozen.waiting)
         core._filling._under_way = dict.fromkeys(frozen.under_way)
 
@@ -147,6 +148,7 @@ class Bench:
             )
             for chunk, held in sorted(core.chunks.items())
         )
+        assert not core.book.news  # the core has looked at it all
         records = (record for step in sorted(core.book.records) for _, record in sorted(core.book.records[step].items()))
         return Frozen(core.plan, chunks, tuple(records), tuple(core._filling._waiting), tuple(core._filling._under_way))
 

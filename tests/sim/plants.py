@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -84,14 +84,14 @@ def acknowledge_unseen(on_replicate: Any) -> Any:
         effects: list[Effect] = on_replicate(self, sender, message)
         held = self.chunks.get(record.chunk)
         if held is None or held.version < int(record.step):
-            effects.append(self._send(sender, Ack(record.step, record.chunk)))
+            effects.append(self._send(sender, Ack(record.step, (record.chunk,))))
         return effects
 
     return patched
 
 
 def report_unacknowledged(_: Any) -> Any:
-    def report_closed(self: ShardCore) -> list[Effect]:
+    def report_closed(self: ShardCore, touched: object) -> list[Effect]:
         closed = [held.closed for chunk, held in self.chunks.items() if held.closed is not None and self.is_primary(chunk)]
         fresh = [record for record in closed if self.book.learn(record)]
         return self._send_records(fresh) if fresh else []
@@ -124,7 +124,7 @@ def follow_the_deposed(on_message: Any) -> Any:
             if held is not None and held.version == int(message.record.step):
                 held.closed, held.barrier = message.record, self._fresh_barrier(message.record.chunk)
                 chunk = message.record.chunk
-                return [DropSums(chunk, keep_closed=False), KeepSum(chunk), *self._settle()]
+                return [DropSums(chunk, keep_closed=False), KeepSum(chunk), *self._settle([chunk])]
         effects: list[Effect] = on_message(self, envelope)
         return effects
 
@@ -255,11 +255,11 @@ def publish_early(apply: Any) -> Any:
 def apply_any_sum(apply_decided: Any) -> Any:
     """8 without the comparison of digests: a deposed primary applies its own sum."""
 
-    def patched(self: ShardCore) -> list[Effect]:
+    def patched(self: ShardCore, step: Step, chunks: Collection[ChunkId]) -> list[Effect]:
         for held in self.chunks.values():
             if held.closed is not None and (record := self.book.of(held.closed.step).get(held.closed.chunk)) is not None:
                 held.closed = record
-        effects: list[Effect] = apply_decided(self)
+        effects: list[Effect] = apply_decided(self, step, chunks)
         return effects
 
     return patched

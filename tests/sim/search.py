@@ -306,7 +306,7 @@ class Search:
             return False
         if envelope.plan == shard.plan.number and isinstance(message, Ack):
             return any(
-                each.chunk == message.chunk and each.version <= message.step and envelope.sender not in each.acks
+                each.chunk in message.chunks and each.version <= message.step and envelope.sender not in each.acks
                 for each in shard.chunks
             )
         return True

@@ -57,7 +57,7 @@ SHAPES: dict[str, Shape] = {
     "silences of pipelines": Shape(num_stages=2, faults=SILENCES, num_replicas=1, num_spare_workers=1, num_steps=3),
     "three copies, one lane": Shape(replication=3, num_lanes=1, num_replicas=1, faults={**DEATHS, **SILENCES}, num_faults_max=3),
     "one copy": Shape(
-        num_shards=2, replication=1, num_steps=5, checkpoint_every=2, faults={"kill shard": 4, "kill worker": 1, "stop shard": 1}
+        replication=1, num_steps=5, checkpoint_every=2, faults={"kill shard": 4, "kill worker": 1, "stop shard": 1}
     ),
     "a coordinator that dies": Shape(
         faults={"kill coordinator": 4, "stop coordinator": 1, "part coordinator": 1, "kill shard": 2, "kill worker": 1},

@@ -53,6 +53,7 @@ if TYPE_CHECKING:
 
 TICK_SECONDS = 1.0  # see ps_service/service.py
 RETRY_SECONDS = 0.2  # see ps_service/peers.py
+CALL_SECONDS_MAX = 5.0  # the same
 _NO_PLAN = PlanNumber(0, 0)
 
 
@@ -228,6 +229,10 @@ class ShardProcess(MemberProcess):
         plan = self.core.plan
         return plan if plan is not None and parcel.envelope.plan < plan.number else None
 
+    def _linger(self) -> float:
+        """A call goes on while there is more to say, and only its end says that its messages were processed."""
+        return CALL_SECONDS_MAX * self.world.random.random() ** 6
+
     def _send(self, send: Send) -> None:
         assert self.core.plan is not None
         if send.to not in self.core.plan.addresses:
@@ -235,7 +240,10 @@ class ShardProcess(MemberProcess):
         peer, parcel = self.world.shards.get(send.to), self._pack(send.envelope)
 
         def on_reply(plan: Plan | None) -> None:
-            self.core.on_delivered(send.to, send.envelope.message)
+            self.clock.after(self._linger(), self, lambda: end(plan))
+
+        def end(plan: Plan | None) -> None:
+            self.core.on_delivered(send.to, send.envelope)
             if plan is not None:
                 self.offer(plan)
 
