@@ -143,10 +143,10 @@ class Cluster:
         while self._supervisor.running:
             coordinator = self._supervisor.children[0]
             self._look(client, rows, is_serving=coordinator.status is None)
-            self._start_killed_again()
+            lost = self._start_killed_again()
             self._give_way()
-            if self._supervisor.failed and not self._has_finished:
-                return self._fail(client, rows)
+            if lost and not self._has_finished:
+                return self._fail(client, rows, lost[0])
             wants_stop = self._attendant is not None and not is_stopping and self._attendant.attend(self)
             if (interrupts.requested.is_set() or wants_stop) and not is_stopping:
                 if self._attendant is not None:
@@ -164,15 +164,19 @@ class Cluster:
             time.sleep(_POLL_SECONDS)
         self._view.show_rows(rows.read())
         if self._supervisor.failed and not self._has_finished:
-            return self._fail(client, rows)
+            return self._fail(client, rows, self._supervisor.failed[0])
         for child in self._supervisor.failed:
             self._view.note(f"{child.name} {child.how_it_ended} after the run had finished; see {child.log}")
         return 0
 
-    def _start_killed_again(self) -> None:
-        """A process that a signal ended takes nothing along: another life of it joins the run where it stands."""
+    def _start_killed_again(self) -> list[Child]:
+        """A process that a signal ended takes nothing along: another life of it joins the run where it stands.
+
+        Those that have failed and do not start again; who dies from now on is the next look's concern.
+        """
         if self._has_finished:
-            return
+            return []
+        lost = []
         version = 0 if self.status is None else self.status.version
         for child in self._supervisor.failed:
             then, count = self._restarts.get(child.name, (version, 0))
@@ -181,6 +185,9 @@ class Cluster:
                 self._view.note(f"{child.name} {child.how_it_ended}; starting it again")
                 self._restarts[child.name] = (version, count + 1)
                 self._supervisor.restart(child, self._started[child.name])
+            else:
+                lost.append(child)
+        return lost
 
     def _give_way(self) -> None:
         """Once it serves, and no sooner: until then training may wait for a process, or stand without a copy because of it."""
@@ -227,9 +234,8 @@ class Cluster:
         self._view.note("stopping after this step, with a checkpoint; once more (Ctrl-C) to stop at once")
         return True
 
-    def _fail(self, client: CoordinatorClient, rows: RowsTail) -> int:
+    def _fail(self, client: CoordinatorClient, rows: RowsTail, culprit: Child) -> int:
         """Notes who failed first and why, in one line if that is something a person can mend; the others are stopped."""
-        culprit = self._supervisor.failed[0]
         coordinator = self._supervisor.children[0]
         coordinator.wait(CAUSE_SECONDS)
         self._next_status_seconds = 0.0
