@@ -157,7 +157,9 @@ class Cluster:
                     self._view.note(f"stopping without a checkpoint: {error}")
                     self._supervisor.stop(grace_seconds=10.0)
                     return EXIT_INTERRUPTED
-            if self._supervisor.children[0].status is not None:
+            if self._supervisor.children[0].status is None:
+                members_end_seconds = None  # it may have been dead for a moment, and have started again
+            else:
                 members_end_seconds = members_end_seconds or time.monotonic() + LEAVE_SECONDS
                 if time.monotonic() > members_end_seconds:
                     self._supervisor.stop(grace_seconds=10.0)
