@@ -212,8 +212,7 @@ class Shard:
                 if is_delivered:
                     self._core.on_delivered(peer, parcel.envelope)
             if not is_delivered and self._core.plan is not None:
-                effects = self._core.on_tick()
-                self._do([each for each in effects if isinstance(each, Send) and each.to == peer])
+                self._do(self._core.on_lost(peer))
 
     # ---- effects -------------------------------------------------------------------------------------------------------
 

@@ -144,13 +144,17 @@ class ShardCore:
         if isinstance(envelope.message, Records) and self.plan is not None and envelope.timeline == self.plan.timeline.id:
             self.book.delivered(to, envelope.message.records)
 
+    def on_lost(self, to: Incarnation) -> list[Effect]:
+        """A call to `to` has failed: sends it again what is not known to have arrived."""
+        return [each for each in self._resend() if isinstance(each, Send) and each.to == to]
+
     def on_tick(self) -> list[Effect]:
-        """Sends again whatever the present state asks for and is not known to have arrived."""
-        effects: list[Effect] = []
-        for chunk in self.chunks:
-            effects += [*self._replicate(chunk, again=True), *self._tell_position(chunk)]
-        chunks = [*self._filling.under_way, *self._filling.send(lambda chunk: True)]
-        return effects + [self._refill(chunk) for chunk in chunks] + self._send_records()
+        """The same for all. And nothing has moved for a while, so learners need not wait for an open step."""
+        return self._resend() + [self._refill(chunk) for chunk in self._filling.send(lambda chunk: True)]
+
+    def _resend(self) -> list[Effect]:
+        effects = [each for chunk in self.chunks for each in (*self._replicate(chunk, again=True), *self._tell_position(chunk))]
+        return effects + [self._refill(chunk) for chunk in self._filling.under_way] + self._send_records()
 
     # ---- roles ---------------------------------------------------------------------------------------------------------
 
@@ -195,9 +199,7 @@ class ShardCore:
         version = plan.timeline.version
         for chunk in chunks:
             self.chunks[chunk] = HeldChunk(version, self._fresh_barrier(chunk))
-        effects: list[Effect] = [Load(plan.timeline, tuple(chunks))]
-        effects += [Publish(chunk, version) for chunk in chunks if self.is_primary(chunk)]
-        return effects
+        return [Load(plan.timeline, tuple(chunks)), *(Publish(chunk, version) for chunk in chunks if self.is_primary(chunk))]
 
     def _fresh_barrier(self, chunk: ChunkId) -> Barrier:
         return Barrier.fresh(self._num_lanes, self._num_sites[chunk])
@@ -330,12 +332,10 @@ class ShardCore:
     def _report_closed(self, touched: Collection[ChunkId]) -> list[Effect]:
         """6. Nobody is told anything about a chunk that its in-sync backups do not hold."""
         fresh = []
-        for chunk in touched:
-            held = self.chunks.get(chunk)
-            if held is None or held.closed is None or not self.is_primary(chunk):
-                continue
-            if held.acks.issuperset(self.backups(chunk)) and self.book.learn(held.closed):
-                fresh.append(held.closed)
+        for chunk in filter(self.is_primary, touched):
+            closed, acks = self.chunks[chunk].closed, self.chunks[chunk].acks
+            if closed is not None and acks.issuperset(self.backups(chunk)) and self.book.learn(closed):
+                fresh.append(closed)
         return self._send_records(fresh) if fresh else []
 
     def _send_records(self, records: Sequence[Record] | None = None) -> list[Effect]:

@@ -202,6 +202,16 @@ def test_a_chunk_is_refilled_while_its_step_is_open_and_again_if_the_learner_has
     assert refill.version == 3
 
 
+def test_a_call_to_another_shard_that_fails_takes_no_refill_with_it() -> None:
+    shard = core(A)
+    shard.on_plan(plan(Placement((A,)), Placement((A,))))
+    close(shard, X)
+    shard.on_plan(plan(Placement((A,), B), Placement((A,)), epoch=2))  # X waits for its turn: its step is closed
+    assert shard.on_lost(C) == []
+    effects = close(shard, Y)
+    assert any(isinstance(each.envelope.message, Refill) for each in of_kind(effects, Send))  # type: ignore[attr-defined]
+
+
 def test_a_deposed_primary_applies_only_the_sum_that_was_decided_on() -> None:
     shard = core(A)
     shard.on_plan(plan(Placement((A, B)), Placement((B, A))))

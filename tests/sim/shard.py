@@ -256,7 +256,7 @@ class ShardProcess(MemberProcess):
 
     def _retry(self, peer: Incarnation) -> None:
         self._retrying.discard(peer)
-        self._do([each for each in self.core.on_tick() if isinstance(each, Send) and each.to == peer])
+        self._do(self.core.on_lost(peer))
 
     def _pack(self, envelope: Envelope) -> Parcel:
         message: Message = envelope.message
