@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.samples import Sample
 
 from shardlane.cli.client import CoordinatorClient
 from shardlane.cli.rows import RowsTail
@@ -49,18 +50,27 @@ class Measured:
     phases: list[dict[str, float]]  # seconds a worker spent by phase
 
 
-def seen(address: str) -> Seen:
-    """Reads a worker's `/metrics`."""
+def samples_of(address: str) -> list[Sample]:
+    """All that a member's `/metrics` says."""
     with urllib.request.urlopen(f"http://{address}/metrics", timeout=10) as response:
         text = response.read().decode()
+    return [sample for family in text_string_to_metric_families(text) for sample in family.samples]
+
+
+def counter(address: str, name: str) -> float:
+    """One sample's value, over all its labels."""
+    return sum(sample.value for sample in samples_of(address) if sample.name == name)
+
+
+def seen(address: str) -> Seen:
+    """Reads a worker's `/metrics`."""
     values: dict[str, float] = {}
     phases: dict[str, float] = {}
-    for family in text_string_to_metric_families(text):
-        for sample in family.samples:
-            if sample.name == PHASES:
-                phases[sample.labels["phase"]] = sample.value
-            elif sample.name in (f"{STEPS}_count", f"{STEPS}_sum"):
-                values[sample.name] = sample.value
+    for sample in samples_of(address):
+        if sample.name == PHASES:
+            phases[sample.labels["phase"]] = sample.value
+        elif sample.name in (f"{STEPS}_count", f"{STEPS}_sum"):
+            values[sample.name] = sample.value
     return Seen(values[f"{STEPS}_count"], values[f"{STEPS}_sum"], phases)
 
 

@@ -59,6 +59,7 @@ class CoordinatorServicer:
                 state=state_to_wire(coordinator.run),
                 acknowledged_steps=coordinator.acknowledged_steps,
                 requests=coordinator.run.requests,
+                timeline=coordinator.run.timeline.id,
                 reason=coordinator.run.failure,
                 may_leave=coordinator.run.may_leave(Incarnation(request.incarnation), coordinator.now()),
             )

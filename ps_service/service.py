@@ -116,9 +116,7 @@ class ShardService:
         return Beat(number, Version(max(version, 0)), steps, activity, caught_up, diverged=diverged)
 
     def _on_reply(self, reply: coordinator_pb2.HeartbeatResponse) -> None:
-        self.shard.acknowledge(reply.acknowledged_steps)
-        if reply.requests:
-            self.shard.request(reply.requests)
+        self.shard.hear(reply.timeline, num_told=reply.acknowledged_steps, requests=reply.requests)
 
     def _adopt(self, plan: Plan) -> None:
         try:

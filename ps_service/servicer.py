@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import grpc
+import torch
 from torch import Tensor
 
 from ps_service import envelopes
 from ps_service.core.messages import Answer, Contribution, Envelope, Outcome, Refill, Replicate
 from ps_service.shard import Shard
 from shardlane import rpc, wire
-from shardlane.chunks import Assembly, byte_view
+from shardlane.chunks import Assembly, byte_view, dtype_to_wire
+from shardlane.codecs import Codec
+from shardlane.communication import codec_for, pull_dtype
 from shardlane.errors import MalformedError, NotReadyError, StaleError
 from shardlane.ids import ChunkId, PlanNumber, SiteIndex, Step, Version
 from shardlane.partition import OPTIMIZER_STATES
@@ -38,6 +42,7 @@ class Arriving:
     contribution: Contribution
     answer: Answer
     assembly: Assembly | None
+    codec: Codec | None  # None: fp32
     num_bytes_due: int
 
 
@@ -96,27 +101,40 @@ class ShardServicer:
         self._check_run(header.run_id)
         contribution = self._contribution(header)
         chunk = self._layout.chunks[contribution.chunk]
-        if header.slice.total != chunk.num_bytes or header.slice.dtype != tensor_pb2.D_TYPE_FLOAT32 or header.slice.shape:
+        codec = codec_for(self._shard.config.communication, self._layout.tensors[chunk.tensor], contribution.site)
+        if codec and codec.is_lossless and header.codec == ps_pb2.CODEC_UNSPECIFIED:
+            codec = None  # as they are is as good
+        number = codec.number if codec else ps_pb2.CODEC_UNSPECIFIED
+        if header.codec != number or (codec and not codec.is_lossless and contribution.block.size > 1):
             raise MalformedError(
-                f"chunk {chunk.id} has {chunk.num_bytes} bytes of fp32;"
-                f" found {header.slice.total} of dtype {header.slice.dtype}, shape {list(header.slice.shape)}"
+                f"chunk {chunk.id} travels by codec {number} in this run, and what rounds goes lane by lane;"
+                f" found codec {header.codec} and {contribution.block.size} lanes"
+            )
+        num_bytes, dtype = (codec.num_bytes(chunk.num_elements), torch.uint8) if codec else (chunk.num_bytes, torch.float32)
+        total = header.slice.total
+        is_of_size = total <= num_bytes if codec and codec.is_lossless else total == num_bytes
+        if not is_of_size or header.slice.dtype != dtype_to_wire(dtype) or header.slice.shape:
+            raise MalformedError(
+                f"chunk {chunk.id} has {num_bytes} bytes of {'its code' if codec else 'fp32'};"
+                f" found {total} of dtype {header.slice.dtype}, shape {list(header.slice.shape)}"
             )
         if header.slice.offset:
             raise MalformedError(f"chunk {chunk.id} must begin at byte 0, found {header.slice.offset}")
         answer = self._shard.judge(contribution)
         assembly = None
         if answer.outcome is Outcome.COUNTED:
-            assembly = Assembly(self._shard.store.pool.take(chunk.num_elements), f"chunk {chunk.id}")
-        return Arriving(contribution, answer, assembly, chunk.num_bytes)
+            assembly = Assembly(self._shard.store.pool.take(total // dtype.itemsize, dtype), f"chunk {chunk.id}")
+        return Arriving(contribution, answer, assembly, codec, total)
 
     def _finish(self, arriving: Arriving, response: ps_pb2.PushResponse) -> None:
         contribution, answer = arriving.contribution, arriving.answer
         if arriving.assembly is not None:
-            answer = self._shard.push(contribution, arriving.assembly.tensor)
+            answer = self._shard.push(contribution, self._values_of(arriving.assembly.tensor, arriving))
         self._instruments.contributions.labels(answer.outcome.value).inc()
         if answer.outcome is Outcome.COUNTED:
+            assert arriving.assembly is not None
             response.num_counted += 1
-            self._instruments.pushed_bytes.inc(self._layout.chunks[contribution.chunk].num_bytes)
+            self._instruments.pushed_bytes.inc(arriving.assembly.num_bytes)
         elif answer.outcome is Outcome.DUPLICATE:
             response.num_duplicate += 1
         else:
@@ -127,6 +145,21 @@ class ShardServicer:
                 outcome=_OUTCOMES[answer.outcome],
                 missing=[wire.block_to_wire(block) for block in answer.missing],
             )
+
+    def _values_of(self, received: Tensor, arriving: Arriving) -> Tensor:
+        """fp32 [num_elements] from the pool. Raises `MalformedError`."""
+        if arriving.codec is None:
+            return received
+        pool = self._shard.store.pool
+        values = pool.take(self._layout.chunks[arriving.contribution.chunk].num_elements)
+        try:
+            arriving.codec.decode(received, values)
+        except MalformedError as error:
+            pool.give(values)
+            raise MalformedError(f"chunk {arriving.contribution.chunk}: {error}") from error
+        finally:
+            pool.give(received)
+        return values
 
     # ---- pull ----------------------------------------------------------------------------------------------------------
 
@@ -165,12 +198,28 @@ class ShardServicer:
             if now != version:
                 yield wire.Framed(ps_pb2.PullResponse(chunk=chunk, version=now, outcome=ps_pb2.PULL_OUTCOME_SUPERSEDED))
                 return
-            view = byte_view(parameter)
-            for start, end in wire.payload_ranges(len(view)):
-                piece = tensor_pb2.Slice(dtype=tensor_pb2.D_TYPE_FLOAT32, offset=start, total=len(view))
-                header = ps_pb2.PullResponse(chunk=chunk, version=version, outcome=ps_pb2.PULL_OUTCOME_DATA, slice=piece)
-                yield wire.Framed(header, view[start:end])
-            self._instruments.pulled_bytes.inc(len(view))
+            with self._as_it_travels(chunk, parameter) as values:
+                view = byte_view(values)
+                dtype = tensor_pb2.DType.Name(dtype_to_wire(values.dtype))
+                for start, end in wire.payload_ranges(len(view)):
+                    piece = tensor_pb2.Slice(dtype=dtype, offset=start, total=len(view))
+                    header = ps_pb2.PullResponse(chunk=chunk, version=version, outcome=ps_pb2.PULL_OUTCOME_DATA, slice=piece)
+                    yield wire.Framed(header, view[start:end])
+                self._instruments.pulled_bytes.inc(len(view))
+
+    @contextmanager
+    def _as_it_travels(self, chunk: ChunkId, parameter: Tensor) -> Iterator[Tensor]:
+        """`parameter` itself, or a copy in fewer bits."""
+        tensor = self._layout.tensors[self._layout.chunks[chunk].tensor]
+        dtype = pull_dtype(self._shard.config.communication, tensor)
+        if dtype == parameter.dtype:
+            yield parameter
+            return
+        values = self._shard.store.pool.take(parameter.numel(), dtype).copy_(parameter)
+        try:
+            yield values
+        finally:
+            self._shard.store.pool.give(values)
 
     # ---- between shards ------------------------------------------------------------------------------------------------
 

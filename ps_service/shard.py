@@ -152,11 +152,6 @@ class Shard:
             if self._core.plan is not None:
                 self._do(self._core.on_tick())
 
-    def request(self, bits: int) -> None:
-        """REQUEST_* bits that ride in the next record to close here."""
-        with self._lock:
-            self._core.requests |= bits
-
     def waits_for(self) -> str:
         with self._lock:
             return waits_for(self._core)
@@ -179,11 +174,16 @@ class Shard:
         with self._lock:
             return [self._summaries[i] for i in range(min(num_max, len(self._summaries)))]
 
-    def acknowledge(self, num_steps: int) -> None:
-        """The coordinator has the summaries of all steps below `num_steps`."""
+    def hear(self, timeline: int, *, num_told: int, requests: int) -> None:
+        """What the coordinator says of `timeline`: it has the summaries of all steps below `num_told`, and wants these REQUEST_*
+        bits in the next record to close here. An answer from before a roll-back says nothing of the steps after it.
+        """
         with self._lock:
-            while self._summaries and self._summaries[0].step < num_steps:
+            if self._core.plan is None or timeline != self._core.plan.timeline.id:
+                return
+            while self._summaries and self._summaries[0].step < num_told:
                 self._summaries.popleft()
+            self._core.requests |= requests
 
     # ---- peers ---------------------------------------------------------------------------------------------------------
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from shardlane.errors import MalformedError
 
 # Numbers of `shardlane.tensor.v1.DType`; written out because this floor lies below the generated code. A test compares them.
-_DTYPES = {1: torch.float32, 2: torch.bfloat16, 3: torch.float16, 4: torch.int32, 5: torch.int64}
+_DTYPES = {1: torch.float32, 2: torch.bfloat16, 3: torch.float16, 4: torch.int32, 5: torch.int64, 6: torch.uint8}
 _NUMBERS = {dtype: number for number, dtype in _DTYPES.items()}
 
 
@@ -45,7 +45,7 @@ def dtype_from_wire(number: int) -> torch.dtype:
     try:
         return _DTYPES[number]
     except KeyError:
-        raise MalformedError(f"dtype {number} is unknown; expected one of fp32, bf16, fp16, int32, int64") from None
+        raise MalformedError(f"dtype {number} is unknown; expected one of fp32, bf16, fp16, int32, int64, uint8") from None
 
 
 def byte_view(tensor: Tensor) -> memoryview:
@@ -76,6 +76,10 @@ class Assembly:
         byte_view(into)  # refuses what has no bytes to write to
         self._bytes = _bytes_of(into)
         self._filled = 0
+
+    @property
+    def num_bytes(self) -> int:
+        return len(self._bytes)
 
     @property
     def complete(self) -> bool:

@@ -99,6 +99,9 @@ class TrainConfig(Section):
     lanes: int = Field(4, ge=1, description="logical data-parallel ranks; a power of two; fixed for the run's life")
     max_steps: int = Field(200, ge=1, description="steps of the whole run; the learning-rate schedule is laid over them")
     stop_at_step: int = Field(0, ge=0, description="stop and checkpoint here, to go on later; 0: at max_steps")
+    local_steps: int = Field(
+        1, ge=1, description="steps of a lane by itself, by [inner], between two pushes; they share its micro-batches (DiLoCo)"
+    )
     seed: int = Field(1234, ge=0, lt=1 << 63)
 
     @model_validator(mode="after")
@@ -109,6 +112,11 @@ class TrainConfig(Section):
             raise ValueError(
                 f"global_batch_size {self.global_batch_size} is not a multiple of micro_batch_size x lanes"
                 f" ({self.micro_batch_size} x {self.lanes})"
+            )
+        if self.global_batch_size % (self.micro_batch_size * self.lanes * self.local_steps):
+            raise ValueError(
+                f"a lane's {self.num_micro_batches // self.lanes} micro-batches a step cannot be shared among"
+                f" {self.local_steps} local steps; make global_batch_size a multiple of micro_batch_size x lanes x local_steps"
             )
         if self.stop_at_step > self.max_steps:
             raise ValueError(f"stop_at_step {self.stop_at_step} is beyond max_steps {self.max_steps}")
@@ -126,7 +134,7 @@ class TrainConfig(Section):
 
 
 class OptimizerConfig(Section):
-    name: Literal["sgd", "momentum", "adam", "adamw"] = "adamw"
+    name: Literal["sgd", "momentum", "nesterov", "adam", "adamw"] = "adamw"
     learning_rate: float = Field(3e-3, ge=0)
     weight_decay: float = Field(0.1, ge=0, description="decoupled for adamw; never applied to norms")
     beta1: float = Field(0.9, ge=0, lt=1)
@@ -137,7 +145,7 @@ class OptimizerConfig(Section):
 
 
 class ScheduleConfig(Section):
-    """Learning rate over steps: a linear warm-up, then `name`."""
+    """Learning rate over steps: a linear warm-up, then `name`. With local steps it is theirs, counted in them."""
 
     name: Literal["constant", "linear", "cosine", "wsd"] = "cosine"
     warmup_steps: int = Field(0, ge=0)
@@ -192,6 +200,20 @@ class TransportConfig(Section):
     push_queue_bytes: int = Field(256 << 20, ge=1 << 20, description="gradients waiting to be pushed, at most")
 
 
+class CommunicationConfig(Section):
+    """What travels in how many bits. Weights, sums and moments are fp32 whatever it says."""
+
+    push: Literal["fp32", "bf16", "fp16", "int8", "int8_stochastic", "top_k", "top_k_int8"] = Field(
+        "fp32", description="a lane's gradients on their way to the shards; all but fp32 round, and go lane by lane"
+    )
+    top_k_fraction: float = Field(0.01, gt=0, le=1, description="of a chunk's values that top_k pushes in a step, the largest")
+    pull: Literal["fp32", "bf16"] = Field(
+        "fp32", description="parameters on their way to the workers, who compute and validate with what they get"
+    )
+    touched_rows: bool = Field(True, description="of an embedding push only the rows of tokens that occurred, if push is fp32")
+    coded_elements_min: int = Field(4096, ge=1, description="smaller tensors travel as fp32")
+
+
 class LogConfig(Section):
     level: Literal["debug", "info", "warning", "error"] = "info"
     format: Literal["text", "json"] = "text"
@@ -204,12 +226,14 @@ class Config(Section):
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
+    inner: OptimizerConfig = OptimizerConfig()  # of local steps; `max_grad_norm` is not for it
     schedule: ScheduleConfig = ScheduleConfig()
     pipeline: PipelineConfig = PipelineConfig()
     validation: ValidationConfig = ValidationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     cluster: ClusterConfig = ClusterConfig()
     numerics: NumericsConfig = NumericsConfig()
+    communication: CommunicationConfig = CommunicationConfig()
     transport: TransportConfig = TransportConfig()
     log: LogConfig = LogConfig()
 
@@ -225,10 +249,12 @@ class Config(Section):
                 f"cluster.replicas {self.cluster.replicas} is more than train.lanes {self.train.lanes};"
                 " a replica has at least one lane"
             )
-        if self.schedule.warmup_steps + self.schedule.decay_steps > self.train.max_steps:
+        num_updates = self.train.max_steps * self.train.local_steps
+        if self.schedule.warmup_steps + self.schedule.decay_steps > num_updates:
             raise ValueError(
                 f"schedule.warmup_steps + decay_steps ({self.schedule.warmup_steps} + {self.schedule.decay_steps})"
                 f" exceed train.max_steps {self.train.max_steps}"
+                + (f" x local_steps {self.train.local_steps}" if self.train.local_steps > 1 else "")
             )
         return self
 
@@ -237,6 +263,9 @@ class Config(Section):
         keep: dict[str, Any] = {name: getattr(self, name).model_dump() for name in ("model", "train", "optimizer", "schedule")}
         del keep["train"]["stop_at_step"], keep["model"]["preset"]
         keep["numerics"] = self.numerics.model_dump(exclude={"determinism"})
+        if self.train.local_steps > 1:
+            keep["inner"] = self.inner.model_dump()
+        keep["communication"] = self.communication.model_dump(exclude={"touched_rows"})  # lossless
         keep["init_from"] = self.checkpoint.init_from
         return keep
 

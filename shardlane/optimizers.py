@@ -18,9 +18,9 @@ from shardlane.partition import OPTIMIZER_STATES
 class ChunkOptimizer:
     """Steps one chunk, on CPU or CUDA.
 
-    `adamw` decouples weight decay (Loshchilov & Hutter 2019); `adam`, `sgd` and `momentum` add `weight_decay · parameter` to
-    the gradient, as torch does (L2). Either happens only where `decay` is True: not for norms. Momentum is torch's: no
-    dampening, no Nesterov, and the first step's buffer is the gradient itself.
+    `adamw` decouples weight decay (Loshchilov & Hutter 2019); the others add `weight_decay · parameter` to
+    the gradient, as torch does (L2). Either happens only where `decay` is True: not for norms. Momentum is torch's, with
+    Nesterov's look ahead or without: no dampening, and the first step's buffer is the gradient itself.
     """
 
     def __init__(self, config: OptimizerConfig, parameter: Tensor, *, decay: bool) -> None:
@@ -63,8 +63,11 @@ def _fused(config: OptimizerConfig, parameter: Tensor, weight_decay: float) -> t
     match config.name:
         case "sgd":
             return torch.optim.SGD([parameter], weight_decay=weight_decay, fused=True)
-        case "momentum":
-            return torch.optim.SGD([parameter], momentum=config.momentum, weight_decay=weight_decay, fused=True)
+        case "momentum" | "nesterov":
+            nesterov = config.name == "nesterov"
+            return torch.optim.SGD(
+                [parameter], momentum=config.momentum, nesterov=nesterov, weight_decay=weight_decay, fused=True
+            )
         case "adam" | "adamw":
             kind = torch.optim.AdamW if config.name == "adamw" else torch.optim.Adam
             betas = (config.beta1, config.beta2)

@@ -37,6 +37,10 @@ class TensorSpec:
     def num_elements(self) -> int:
         return math.prod(self.shape)
 
+    def is_look_up(self, site: int) -> bool:
+        """Whether it is only read there by rows, those of the tokens that occur."""
+        return self.site_names[site] == EMBEDDING
+
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
@@ -193,6 +197,7 @@ def split_layers(costs: Sequence[float], num_stages: int) -> list[StageLayers]:
 OPTIMIZER_STATES = {
     "sgd": (),
     "momentum": ("momentum_buffer",),
+    "nesterov": ("momentum_buffer",),
     "adam": ("exp_avg", "exp_avg_sq"),
     "adamw": ("exp_avg", "exp_avg_sq"),
 }
@@ -218,9 +223,13 @@ def memory_plan(config: Config, shard_chunks: Sequence[Sequence[ChunkId]], num_s
 
 
 def stage_bytes(config: Config, num_stages: int, num_replicas: int) -> int:
-    """What the fullest of `num_stages` stages holds for good: weights, one gradient, and the partial sums of its lanes."""
+    """What the fullest of `num_stages` stages holds for good: weights, one gradient, the sums and residuals of its lanes."""
     layout = Layout.of(config)
     lanes = -(-config.train.lanes // num_replicas)
     copies = 2 + (lanes.bit_length() if lanes > 1 else 0)
+    if config.train.local_steps > 1:
+        copies += 1 + len(OPTIMIZER_STATES[config.inner.name])  # what a lane began with, and its optimizer
+    if config.communication.push.startswith("top_k"):
+        copies += 2 * lanes  # what was left out before this step, and after it
     stages = split_layers(layer_costs(config.model, config.train.seq_len), num_stages)
     return max(sum(item.chunk.num_bytes for item in layout.stage_chunks(each)) for each in stages) * copies

@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from shardlane.config import OptimizerConfig, ScheduleConfig
+from shardlane.config import Config, OptimizerConfig, ScheduleConfig
 
 
 def learning_rate(step: int, *, optimizer: OptimizerConfig, schedule: ScheduleConfig, max_steps: int) -> float:
@@ -34,6 +34,13 @@ def learning_rate(step: int, *, optimizer: OptimizerConfig, schedule: ScheduleCo
         case "wsd":  # warm-up, stable, decay: Hu et al. 2024 (MiniCPM), section 4.2, with a linear decay
             num_into_decay = step + 1 - (max_steps - schedule.decay_steps)
             return peak if num_into_decay <= 0 else peak * (1.0 - (1.0 - floor) * _progress(num_into_decay, schedule.decay_steps))
+
+
+def update_rate(step: int, config: Config) -> float:
+    """The rate at which the shards update at step `step`: constant where the schedule is the local steps'."""
+    if config.train.local_steps > 1:
+        return config.optimizer.learning_rate
+    return learning_rate(step, optimizer=config.optimizer, schedule=config.schedule, max_steps=config.train.max_steps)
 
 
 def _progress(done: int, span: int) -> float:

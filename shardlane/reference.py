@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from shardlane.cadence import checkpoints_at, validates_at
 from shardlane.checkpoint import CheckpointReader, PartWriter
+from shardlane.communication import codec_for, nonce_of, pull_dtype
 from shardlane.config import Config
 from shardlane.data import TokenFolder
 from shardlane.digest import state_digest
@@ -34,12 +36,14 @@ from shardlane.lane_compute import (
 )
 from shardlane.lane_sums import LaneSums
 from shardlane.lanes import Block, lane
+from shardlane.local_steps import LocalSteps
 from shardlane.manifest import PARAMETER, build_manifest, check_resume, checkpoint_folder, prune, tensor_names, write_manifest
 from shardlane.model import Stage, whole_model
 from shardlane.numerics import configure_torch, numerics_class, square_sum
 from shardlane.optimizers import ChunkOptimizer
-from shardlane.partition import Chunk, Layout
-from shardlane.rates import clip_scale, learning_rate, tree_sum
+from shardlane.partition import Chunk, Layout, SiteChunk
+from shardlane.rates import clip_scale, tree_sum, update_rate
+from shardlane.top_k import Residuals
 
 Row = dict[str, int | float]  # a line of metrics.jsonl
 
@@ -69,6 +73,15 @@ class Reference:
         self._weight_gradients = self._stage.put_off_weight_gradients()
         self._leaves = dict(self._stage.named_parameters())
         self._chunks = [self._initial(chunk) for chunk in self.layout.chunks]
+        self._items: defaultdict[str, list[SiteChunk]] = defaultdict(list)
+        for item in self.layout.stage_chunks(whole_model(config.model)):
+            self._items[item.parameter].append(item)
+        self._residuals = Residuals()
+        self._local: LocalSteps | None = None
+        if config.train.local_steps > 1:
+            flat = {name: leaf.detach().view(-1) for name, leaf in self._leaves.items()}
+            decays = {name: self.layout.tensors[items[0].chunk.tensor].decay for name, items in self._items.items()}
+            self._local = LocalSteps(config, flat, decays)
         self._fill_leaves()
 
     @property
@@ -155,14 +168,14 @@ class Reference:
         sums = {name: LaneSums(train.lanes) for name in self._leaves}
         losses, num_tokens = [], 0
         for index in range(train.lanes):
-            loss, count = self._run_lane(step, index)
+            loss, count, pushed = self._run_lane(step, index)
             losses.append(loss)
             num_tokens += count
-            for name, leaf in self._leaves.items():
-                sums[name].add(lane(index), take_gradient(leaf))
+            for name, values in pushed.items():
+                sums[name].add(lane(index), self._as_it_arrives(name, values, step, index))
         totals = self._chunk_sums({name: each.take(Block(Lane(0), train.lanes)) for name, each in sums.items()})
         clip = clip_scale([square_sum(total) for total in totals], num_tokens, optimizer.max_grad_norm)
-        rate = learning_rate(step, optimizer=optimizer, schedule=self.config.schedule, max_steps=train.max_steps)
+        rate = update_rate(step, self.config)
         if clip.finite:
             for chunk, total in zip(self._chunks, totals, strict=True):
                 chunk.apply(total, scale=clip.scale, learning_rate=rate)
@@ -171,10 +184,11 @@ class Reference:
         row: Row = {"step": step, "loss": mean_loss, "grad_norm": clip.grad_norm, "lr": rate, "tokens": num_tokens}
         return row if clip.finite else {**row, "skipped": True}
 
-    def _run_lane(self, step: int, index: int) -> tuple[float, int]:
-        """Leaves the lane's gradients in the leaves; the sum of its token losses, and its tokens."""
-        total, num_tokens = 0.0, 0
-        for micro_batch in micro_batches_of(index, self.config.train):
+    def _run_lane(self, step: int, index: int) -> tuple[float, int, dict[str, Tensor]]:
+        """The sum of the lane's token losses, its tokens, and what it pushes of each leaf."""
+        total, num_tokens, num_local_tokens = 0.0, 0, 0
+        micro_batches = micro_batches_of(index, self.config.train)
+        for number, micro_batch in enumerate(micro_batches, start=1):
             windows = training_windows(self.tokens.train, self.config, step=step, micro_batch=micro_batch)
             targets = targets_of(windows, self.device)
             loss = run_stage(self._stage, inputs_of(windows, self.device), self.config.numerics.precision, targets)
@@ -182,7 +196,30 @@ class Reference:
             self._weight_gradients.add_all()
             total += loss.item()
             num_tokens += count_targets(targets)
-        return total, num_tokens
+            if self._local is not None and number % (len(micro_batches) // self.config.train.local_steps) == 0:
+                self._local.step(step, self._take_gradients(), num_tokens - num_local_tokens)
+                num_local_tokens = num_tokens
+        return total, num_tokens, self._take_gradients() if self._local is None else self._local.take(num_tokens)
+
+    def _take_gradients(self) -> dict[str, Tensor]:
+        return {name: take_gradient(leaf) for name, leaf in self._leaves.items()}
+
+    def _as_it_arrives(self, parameter: str, gradient: Tensor, step: int, index: int) -> Tensor:
+        """A lane's gradient of one leaf after its way to the shards, chunk by chunk."""
+        first = self._items[parameter][0]
+        codec = codec_for(self.config.communication, self.layout.tensors[first.chunk.tensor], first.site)
+        if codec is None or codec.is_lossless:
+            return gradient
+        flat = gradient.view(-1)
+        for item in self._items[parameter]:
+            part = flat.narrow(0, item.chunk.offset, item.chunk.num_elements)
+            nonce = nonce_of(seed=self.config.train.seed, step=step, lane=index, site=item.site, chunk=item.chunk.id)
+            if codec.keeps_residual:
+                encoded = self._residuals.encode(codec, (index, item.site, item.chunk.id), step, part, nonce)
+            else:
+                encoded = codec.encode(part, nonce)
+            codec.decode(encoded.data, part)
+        return gradient
 
     def _chunk_sums(self, gradients: dict[str, Tensor]) -> list[Tensor]:
         """Each chunk's gradient over all its sites, added in order of the sites; views of `gradients`, which they consume."""
@@ -201,7 +238,9 @@ class Reference:
         with torch.no_grad():
             for item in self.layout.stage_chunks(whole_model(self.config.model)):
                 leaf = self._leaves[item.parameter].view(-1)
-                leaf.narrow(0, item.chunk.offset, item.chunk.num_elements).copy_(self._chunks[item.chunk.id].parameter)
+                dtype = pull_dtype(self.config.communication, self.layout.tensors[item.chunk.tensor])
+                values = self._chunks[item.chunk.id].parameter.to(dtype)
+                leaf.narrow(0, item.chunk.offset, item.chunk.num_elements).copy_(values)
 
     def _payload(self, chunk: ChunkId) -> dict[str, Tensor]:
         optimizer = self._chunks[chunk]

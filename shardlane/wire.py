@@ -134,6 +134,7 @@ ELEMENT_BYTES: dict[int, int] = {
     tensor_pb2.D_TYPE_FLOAT16: 2,
     tensor_pb2.D_TYPE_INT32: 4,
     tensor_pb2.D_TYPE_INT64: 8,
+    tensor_pb2.D_TYPE_UINT8: 1,
 }
 
 
@@ -144,7 +145,7 @@ def check_slice(piece: tensor_pb2.Slice, payload: Buffer, *, total_bytes_max: in
     """
     element = ELEMENT_BYTES.get(piece.dtype)
     if element is None:
-        raise MalformedError(f"{what}: dtype {piece.dtype} is unknown; expected one of fp32, bf16, fp16, int32, int64")
+        raise MalformedError(f"{what}: dtype {piece.dtype} is unknown; expected one of fp32, bf16, fp16, int32, int64, uint8")
     if piece.total > total_bytes_max:
         raise TooLargeError(f"{what}: {piece.total} bytes announced, at most {total_bytes_max} expected")
     if len(payload) > PAYLOAD_BYTES_MAX:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Literal
 
 from shardlane.metrics import Metrics
+from shardlane.top_k import Residuals
 
 Phase = Literal["compute", "bubble", "pull_wait", "push_wait"]
 PHASES: tuple[Phase, ...] = ("compute", "bubble", "pull_wait", "push_wait")
@@ -24,15 +25,26 @@ class WorkerInstruments:
         self._phases = {phase: phases.labels(phase) for phase in PHASES}
         self.computed_seconds = 0.0  # in all
         self._waited_seconds = 0.0  # by whichever thread computes: on CUDA, autograd's while the one that began it waits
-        self.pushed_bytes = metrics.counter("shardlane_worker_pushed_bytes_total", "Gradient bytes sent to shards.")
+        self.gradient_bytes = metrics.counter("shardlane_worker_gradient_bytes_total", "Gradients to push, before coding.")
+        self.rescaled_chunks = metrics.counter(
+            "shardlane_worker_rescaled_chunks_total", "Chunks with a gradient beyond fp16's range, which were scaled to fit."
+        )
+        self.pushed_bytes = metrics.counter(
+            "shardlane_worker_pushed_bytes_total", "Gradient bytes sent to shards, after coding; a repeated one counts again."
+        )
         self.pulled_bytes = metrics.counter("shardlane_worker_pulled_bytes_total", "Parameter bytes received from shards.")
         self.tokens = metrics.counter("shardlane_worker_tokens_total", "Tokens whose gradients this stage computed.")
         self.loss = metrics.gauge("shardlane_worker_loss", "Mean loss of this replica's lanes in the last step, in nats.")
         self.version = metrics.gauge("shardlane_worker_version", "The version that this stage works from.")
         self.broken_streams = metrics.counter("shardlane_worker_broken_streams_total", "Streams to neighbours that broke.")
 
-    def watch(self, inbox_bytes: Callable[[], float], push_queue_bytes: Callable[[], float]) -> None:
+    def watch(self, inbox_bytes: Callable[[], float], push_queue_bytes: Callable[[], float], residuals: Residuals) -> None:
         gauge = self._gauge
+        gauge("shardlane_worker_residual_norm", "L2 norm of the gradients that top-k has left out so far.").set_function(
+            lambda: residuals.norm
+        )
+        begun = gauge("shardlane_worker_residuals_begun", "Lanes' chunks begun without what an earlier worker has left out.")
+        begun.set_function(lambda: residuals.num_begun)
         gauge("shardlane_worker_inbox_bytes", "Received from neighbours and not used yet.").set_function(inbox_bytes)
         gauge("shardlane_worker_push_queue_bytes", "Gradients not sent yet.").set_function(push_queue_bytes)
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import grpc
+import torch
 from torch import Tensor
 
 from shardlane import rpc, wire
@@ -72,14 +73,17 @@ class Puller:
         on_published: Callable[[], None],
         on_fault: Callable[[str], None],
         on_bytes: Callable[[int], None],
+        dtype_of: Callable[[Chunk], torch.dtype] = lambda chunk: torch.float32,
     ) -> None:
-        """`parameters`: flat, fp32, by name. `offer` gets plans that shards attach, `on_ended` hears of a shard that ended a call
+        """`parameters`: flat, fp32, by name; a chunk travels in `dtype_of` it.
+
+        `offer` gets plans that shards attach, `on_ended` hears of a shard that ended a call
         without all that it was asked for, `on_published` that `published` has grown, `on_fault` of one that sent something
         else."""
         self.published = Version(-1)  # the newest version that a shard has answered with, taken or not
         self._plan, self._parameters, self._staging, self._client_of = plan, parameters, staging, client_of
         self._offer, self._on_ended, self._on_published = offer, on_ended, on_published
-        self._on_fault, self._on_bytes = on_fault, on_bytes
+        self._on_fault, self._on_bytes, self._dtype_of = on_fault, on_bytes, dtype_of
         self._chunks: dict[ChunkId, Chunk] = {}
         self._names: defaultdict[ChunkId, list[str]] = defaultdict(list)
         for item in items:
@@ -199,17 +203,21 @@ class Puller:
         self._offer(plan)
 
     def target(self, chunk: ChunkId) -> Tensor:
-        """Where pieces are put together: the parameter itself on a CPU, else pinned memory."""
-        if self._staging.device.type != "cpu":
-            return self._staging.pool.take(self._chunks[chunk].num_elements)
+        """Where pieces are put together: the parameter itself, if it is in host memory and of the dtype that travels."""
+        if self._is_staged(chunk):
+            where = self._chunks[chunk]
+            return self._staging.pool.take(where.num_elements, self._dtype_of(where))
         return self._slice(self._names[chunk][0], chunk)
+
+    def _is_staged(self, chunk: ChunkId) -> bool:
+        return self._staging.device.type != "cpu" or self._dtype_of(self._chunks[chunk]) != torch.float32
 
     def finish(self, asked: _Asked, shard: Incarnation, chunk: ChunkId, values: Tensor) -> None:
         names = self._names[chunk]
         with self._changed:
             if asked.cancelled:
                 return
-            if self._staging.device.type != "cpu":
+            if self._is_staged(chunk):
                 for name in names:
                     self._slice(name, chunk).copy_(values)
                 self._staging.pool.give(values)
@@ -218,7 +226,7 @@ class Puller:
                     self._slice(name, chunk).copy_(values)
             asked.missing[shard].discard(chunk)
             self._changed.notify_all()
-        self._on_bytes(self._chunks[chunk].num_bytes)
+        self._on_bytes(values.numel() * values.element_size())
 
     def supersede(self, asked: _Asked, now: Version) -> None:
         with self._changed:

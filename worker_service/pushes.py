@@ -14,7 +14,7 @@ from typing import Any
 import grpc
 
 from shardlane import rpc, wire
-from shardlane.chunks import byte_view
+from shardlane.chunks import byte_view, dtype_to_wire
 from shardlane.errors import MalformedError
 from shardlane.ids import ChunkId, Incarnation, SiteIndex, Version
 from shardlane.pb import ps_pb2, tensor_pb2
@@ -37,7 +37,7 @@ _OUTCOMES: dict[int, Outcome] = {
 
 @dataclass(slots=True)
 class Contribution:
-    """A block's sum of one chunk at one site: elements `offset … offset + num_elements - 1` of `host`."""
+    """A block's sum of one chunk at one site: elements `offset … offset + num_elements - 1` of `host`, encoded or not."""
 
     key: Key
     tokens: int
@@ -45,10 +45,11 @@ class Contribution:
     host: HostTensor
     offset: int
     num_elements: int
+    codec: int = ps_pb2.CODEC_UNSPECIFIED
 
     @property
     def num_bytes(self) -> int:
-        return 4 * self.num_elements
+        return self.host.values.element_size() * self.num_elements
 
 
 @dataclass(slots=True)
@@ -245,10 +246,12 @@ class Pusher:
             chunk=key.chunk,
             tokens=contribution.tokens,
             loss=contribution.loss,
+            codec=ps_pb2.Codec.Name(contribution.codec),
         )
+        dtype = tensor_pb2.DType.Name(dtype_to_wire(host.values.dtype))
         view = byte_view(host.values.narrow(0, contribution.offset, contribution.num_elements))
         for start, end in wire.payload_ranges(len(view)):
-            header.slice.CopyFrom(tensor_pb2.Slice(dtype=tensor_pb2.D_TYPE_FLOAT32, offset=start, total=len(view)))
+            header.slice.CopyFrom(tensor_pb2.Slice(dtype=dtype, offset=start, total=len(view)))
             yield wire.Framed(header, view[start:end])
 
     def _read(self, response: ps_pb2.PushResponse) -> tuple[Refusal, ...]:

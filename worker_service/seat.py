@@ -14,14 +14,17 @@ import torch
 from torch import Tensor
 
 from shardlane import rpc
+from shardlane.codecs import Codec
+from shardlane.communication import codec_for, nonce_of, pull_dtype
 from shardlane.config import Config
 from shardlane.data import TokenFolder
 from shardlane.errors import UserError
 from shardlane.ids import Incarnation, Lane, MicroBatch, RunId, Version
 from shardlane.lane_compute import held_out_windows, inputs_of, micro_batches_of, targets_of, training_windows
-from shardlane.lanes import Block
+from shardlane.lanes import Block, lane
 from shardlane.partition import Layout, SiteChunk
 from shardlane.plan import Plan
+from shardlane.top_k import Residuals
 from worker_service import inbox as inboxes
 from worker_service.attempt import Attempt
 from worker_service.core.events import Key, Refusal
@@ -45,6 +48,7 @@ class Surroundings:
     layout: Layout
     staging: Staging
     inbox: Inbox
+    residuals: Residuals
     instruments: WorkerInstruments
     tokens: Callable[[], TokenFolder]  # opened by the first and the last stage only
     report_validation: Callable[[Version, int, float, int], None]
@@ -75,12 +79,14 @@ class Seat:
         self.compute = compute
         self._tokens = around.tokens() if layers.is_first or layers.is_last else None
         self._attempt = Attempt()
+        self._version: Version | None = None  # that gradients are computed from
         self._channels: dict[Incarnation, grpc.Channel] = {}
         self._clients: dict[Incarnation, rpc.Client] = {}
         self._connect_shards()
         self._puller = self._make_puller(items)
         self._pusher = self._make_pusher()
         shape = (config.train.micro_batch_size, config.train.seq_len, config.model.hidden_size)
+        around.residuals.begin(plan.timeline.id)
         self._formed = plan.replicas[replica].formed
         self._above, self._below = self._link(stage - 1, shape), self._link(stage + 1, shape)
         counts = (config.train.num_micro_batches, config.validation.num_micro_batches)
@@ -100,6 +106,7 @@ class Seat:
             on_published=around.inbox.wake,
             on_fault=around.on_fault,
             on_bytes=around.instruments.pulled_bytes.inc,
+            dtype_of=lambda chunk: pull_dtype(around.config.communication, around.layout.tensors[chunk.tensor]),
         )
 
     def _make_pusher(self) -> Pusher:
@@ -186,26 +193,37 @@ class Seat:
         Ends early if the next version is published before neighbours have sent all: the lanes were counted already, and who has
         seen that is gone on without sending the rest.
         """
-        self._attempt, config = attempt, self._around.config
+        self._attempt, self._version, config = attempt, version, self._around.config
         with self._around.instruments.computing(), suppress(StepClosed):
-            micro_batches = self.compute.begin(blocks)
-            received: defaultdict[MicroBatch, list[Tensor]] = defaultdict(list)
-            for action in schedule(config.pipeline.schedule, self._stage, len(self._chain), micro_batches):
-                attempt.check()
-                match action:
-                    case Forward(micro_batch):
-                        self._forward(version, micro_batch, received)
-                    case Backward(micro_batch):
-                        self._backward(version, micro_batch, received)
-                    case Weights(micro_batch):
-                        self.compute.add_weight_gradients(micro_batch)
-                        for item in received.pop(micro_batch, ()):  # not before: on a CPU the gradients were made from it
-                            self._around.inbox.give(item)
+            if config.communication.push != "fp32" or config.train.local_steps > 1:
+                blocks = [lane(each) for block in blocks for each in block.lanes]  # a lane's part is encoded by itself
+            try:
+                for micro_batches in self.compute.begin(blocks):
+                    self._flush(version, micro_batches)
+                    self.compute.end_flush(version)
+            finally:
+                self.compute.end()
             num_tokens = sum(self._tokens_of(block) for block in blocks)
             self._around.instruments.tokens.inc(num_tokens)
             if self.compute.layers.is_last:
                 return sum(self.compute.loss(block) for block in blocks) / num_tokens
         return None
+
+    def _flush(self, version: Version, micro_batches: Sequence[MicroBatch]) -> None:
+        """Fills the pipeline with `micro_batches` and empties it."""
+        received: defaultdict[MicroBatch, list[Tensor]] = defaultdict(list)
+        name = self._around.config.pipeline.schedule
+        for action in schedule(name, self._stage, len(self._chain), micro_batches):
+            self._attempt.check()
+            match action:
+                case Forward(micro_batch):
+                    self._forward(version, micro_batch, received)
+                case Backward(micro_batch):
+                    self._backward(version, micro_batch, received)
+                case Weights(micro_batch):
+                    self.compute.add_weight_gradients(micro_batch)
+                    for item in received.pop(micro_batch, ()):  # not before: on a CPU the gradients were made from it
+                        self._around.inbox.give(item)
 
     def _forward(self, version: Version, micro_batch: MicroBatch, received: defaultdict[MicroBatch, list[Tensor]]) -> None:
         config, device = self._around.config, self._around.staging.device
@@ -269,14 +287,36 @@ class Seat:
 
     def _push(self, parameter: str, block: Block, total: Tensor) -> None:
         """A block's sum of one parameter is complete, in the midst of the backward pass."""
-        host = self._around.staging.to_host(total)
+        first = self._items[parameter][0]
+        codec = codec_for(self._around.config.communication, self._around.layout.tensors[first.chunk.tensor], first.site)
+        host = self._around.staging.to_host(total) if codec is None else None
         tokens = self._tokens_of(block)
         for item in self._items[parameter]:
-            chunk = item.chunk
+            chunk, key = item.chunk, Key(item.chunk.id, item.site, block)
             loss = self.compute.loss(block) if chunk.id == self._around.layout.loss_chunk else 0.0
-            contribution = Contribution(Key(chunk.id, item.site, block), tokens, loss, host, chunk.offset, chunk.num_elements)
+            self._around.instruments.gradient_bytes.inc(chunk.num_bytes)
+            if codec is None:
+                assert host is not None
+                contribution = Contribution(key, tokens, loss, host, chunk.offset, chunk.num_elements)
+            else:
+                values = total.view(-1).narrow(0, chunk.offset, chunk.num_elements)
+                contribution = self._encoded(codec, key, tokens, loss, values)
             with self._around.instruments.waiting("push_wait"):
                 self._pusher.put(contribution, self._attempt)
+
+    def _encoded(self, codec: Codec, key: Key, tokens: int, loss: float, values: Tensor) -> Contribution:
+        assert self._version is not None
+        seed, index = self._around.config.train.seed, key.block.lanes[0]
+        nonce = nonce_of(seed=seed, step=self._version, lane=index, site=key.site, chunk=key.chunk)
+        if codec.keeps_residual:
+            place = (index, key.site, key.chunk)
+            encoded = self._around.residuals.encode(codec, place, self._version, values, nonce)
+        else:
+            encoded = codec.encode(values, nonce)
+        if encoded.overflowed:
+            self._around.instruments.rescaled_chunks.inc()
+        host = self._around.staging.to_host(encoded.data)
+        return Contribution(key, tokens, loss, host, 0, encoded.data.numel(), codec.number)
 
     def push_again(self, keys: tuple[Key, ...]) -> None:
         self._pusher.again(keys)

@@ -21,6 +21,7 @@ from shardlane.numerics import configure_torch, numerics_class
 from shardlane.partition import Layout
 from shardlane.pb import coordinator_pb2
 from shardlane.plan import Plan
+from shardlane.top_k import Residuals
 from worker_service.attempt import Abandoned, Attempt
 from worker_service.core import events
 from worker_service.core.stepper import Stepper
@@ -109,7 +110,10 @@ class WorkerService:
         self._began_seconds = 0.0
         self._pace = Pace()
         self._thread = threading.Thread(target=self._main, name="compute", daemon=True)
-        self.instruments.watch(lambda: self.inbox.num_bytes, lambda: self._seat.push_queue_bytes if self._seat else 0)
+        self._residuals = Residuals()
+        self.instruments.watch(
+            lambda: self.inbox.num_bytes, lambda: self._seat.push_queue_bytes if self._seat else 0, self._residuals
+        )
         self._around = self._surroundings()
 
     def _surroundings(self) -> Surroundings:
@@ -120,6 +124,7 @@ class WorkerService:
             layout=Layout.of(self.config),
             staging=self._staging,
             inbox=self.inbox,
+            residuals=self._residuals,
             instruments=self.instruments,
             tokens=lambda: self._tokens,
             report_validation=self._membership.report_validation,

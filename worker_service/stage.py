@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from shardlane.config import Config
-from shardlane.ids import MicroBatch
+from shardlane.ids import MicroBatch, Version
 from shardlane.lane_compute import count_targets, micro_batches_of, run_stage, take_gradient
 from shardlane.lane_sums import LaneSums
 from shardlane.lanes import Block, lane
+from shardlane.local_steps import LocalSteps
 from shardlane.model import Stage
 from shardlane.partition import StageLayers
 from shardlane.rates import tree_sum
@@ -51,13 +52,21 @@ class StageCompute:
         self._passed: dict[MicroBatch, _Passed] = {}
         self._pending: dict[MicroBatch, list[Pending]] = {}
         self._losses: dict[int, list[Tensor]] = {}  # by lane, in index order
+        self._local: LocalSteps | None = None
+        self._num_lanes_done = 0  # with local steps
+        if config.train.local_steps > 1:
+            decays = {name: each.dim() > 1 for name, each in self._parameters.items()}
+            self._local = LocalSteps(config, self.flat_parameters, decays)
         put_off = {id(each) for each in self._weight_gradients.weights}
         for name, parameter in self._parameters.items():
             if id(parameter) not in put_off:
                 parameter.register_post_accumulate_grad_hook(partial(self._accumulated, name))
 
-    def begin(self, blocks: Sequence[Block]) -> list[MicroBatch]:
-        """Forgets what was under way; the micro-batches of all lanes of `blocks`, in index order."""
+    def begin(self, blocks: Sequence[Block]) -> list[list[MicroBatch]]:
+        """Forgets what was under way; the micro-batches of all lanes of `blocks`, in index order.
+
+        Each list is one flush of the pipeline: `end_flush` comes after it. With local steps a lane has one for each.
+        """
         for name, parameter in self._parameters.items():
             parameter.grad = None
             self._sums[name].clear()
@@ -66,8 +75,29 @@ class StageCompute:
         self._pending.clear()
         self._weight_gradients.take()
         self._losses.clear()
+        self._num_lanes_done = 0
         self._lanes = [(each, block) for block in blocks for each in block.lanes]
-        return [MicroBatch(m) for each, _ in self._lanes for m in micro_batches_of(each, self._config.train)]
+        micro_batches = [MicroBatch(m) for each, _ in self._lanes for m in micro_batches_of(each, self._config.train)]
+        size = max(1, len(micro_batches)) if self._local is None else self._per_lane // self._config.train.local_steps
+        return [micro_batches[first : first + size] for first in range(0, len(micro_batches), size)]
+
+    def end_flush(self, version: Version) -> None:
+        """With local steps: makes one; after a lane's last one tells how far the lane has come."""
+        if self._local is None:
+            return
+        config = self._config.train
+        num_tokens = self._per_lane // config.local_steps * config.micro_batch_size * config.seq_len
+        self._local.step(version, {name: take_gradient(each) for name, each in self._parameters.items()}, num_tokens)
+        if self._local.is_lane_done:
+            _, block = self._lanes[self._num_lanes_done]
+            self._num_lanes_done += 1
+            for name, values in self._local.take(num_tokens * config.local_steps).items():
+                self.on_sum(name, block, values)
+
+    def end(self) -> None:
+        """The work is done or abandoned: the parameters are those of the version again."""
+        if self._local is not None:
+            self._local.restore()
 
     def forward(self, micro_batch: MicroBatch, x: Tensor, targets: Tensor | None = None) -> Tensor:
         """x: int64 [B, T] in a first stage, else fp32 [B, T, H], which becomes a leaf. Hidden states [B, T, H], or the loss."""
@@ -117,6 +147,8 @@ class StageCompute:
 
     def _accumulated(self, name: str, parameter: Tensor) -> None:
         """One more micro-batch has been added to `parameter.grad`."""
+        if self._local is not None:
+            return
         self._num_accumulated[name] += 1
         finished, rest = divmod(self._num_accumulated[name], self._per_lane)
         if rest:

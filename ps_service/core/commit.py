@@ -26,9 +26,7 @@ def decide(step: Step, records: Sequence[Record], *, config: Config, loss_chunk:
         skipped=not clip.finite,
         scale=clip.scale,
         grad_norm=clip.grad_norm,
-        learning_rate=rates.learning_rate(
-            step, optimizer=config.optimizer, schedule=config.schedule, max_steps=config.train.max_steps
-        ),
+        learning_rate=rates.update_rate(step, config),
         tokens=tokens,
         loss=records[loss_chunk].loss / tokens if tokens else 0.0,
         tally=Tally.over([record.tally for record in records]),

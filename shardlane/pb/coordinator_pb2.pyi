@@ -206,20 +206,22 @@ class CaughtUp(_message.Message):
     def __init__(self, chunk: _Optional[int] = ..., learner: _Optional[str] = ...) -> None: ...
 
 class HeartbeatResponse(_message.Message):
-    __slots__ = ("lease_seconds", "state", "acknowledged_steps", "requests", "reason", "may_leave")
+    __slots__ = ("lease_seconds", "state", "acknowledged_steps", "requests", "reason", "may_leave", "timeline")
     LEASE_SECONDS_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     ACKNOWLEDGED_STEPS_FIELD_NUMBER: _ClassVar[int]
     REQUESTS_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
     MAY_LEAVE_FIELD_NUMBER: _ClassVar[int]
+    TIMELINE_FIELD_NUMBER: _ClassVar[int]
     lease_seconds: float
     state: RunState
     acknowledged_steps: int
     requests: int
     reason: str
     may_leave: bool
-    def __init__(self, lease_seconds: _Optional[float] = ..., state: _Optional[_Union[RunState, str]] = ..., acknowledged_steps: _Optional[int] = ..., requests: _Optional[int] = ..., reason: _Optional[str] = ..., may_leave: bool = ...) -> None: ...
+    timeline: int
+    def __init__(self, lease_seconds: _Optional[float] = ..., state: _Optional[_Union[RunState, str]] = ..., acknowledged_steps: _Optional[int] = ..., requests: _Optional[int] = ..., reason: _Optional[str] = ..., may_leave: bool = ..., timeline: _Optional[int] = ...) -> None: ...
 
 class WatchPlansRequest(_message.Message):
     __slots__ = ("incarnation", "have")

@@ -9,6 +9,17 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class Codec(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    CODEC_UNSPECIFIED: _ClassVar[Codec]
+    CODEC_BF16: _ClassVar[Codec]
+    CODEC_FP16: _ClassVar[Codec]
+    CODEC_INT8: _ClassVar[Codec]
+    CODEC_INT8_STOCHASTIC: _ClassVar[Codec]
+    CODEC_TOP_K: _ClassVar[Codec]
+    CODEC_TOP_K_INT8: _ClassVar[Codec]
+    CODEC_TOUCHED: _ClassVar[Codec]
+
 class PushOutcome(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     PUSH_OUTCOME_UNSPECIFIED: _ClassVar[PushOutcome]
@@ -26,6 +37,14 @@ class PullOutcome(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     PULL_OUTCOME_SUPERSEDED: _ClassVar[PullOutcome]
     PULL_OUTCOME_NOT_OWNER: _ClassVar[PullOutcome]
     PULL_OUTCOME_STALE: _ClassVar[PullOutcome]
+CODEC_UNSPECIFIED: Codec
+CODEC_BF16: Codec
+CODEC_FP16: Codec
+CODEC_INT8: Codec
+CODEC_INT8_STOCHASTIC: Codec
+CODEC_TOP_K: Codec
+CODEC_TOP_K_INT8: Codec
+CODEC_TOUCHED: Codec
 PUSH_OUTCOME_UNSPECIFIED: PushOutcome
 PUSH_OUTCOME_COUNTED: PushOutcome
 PUSH_OUTCOME_DUPLICATE: PushOutcome
@@ -40,7 +59,7 @@ PULL_OUTCOME_NOT_OWNER: PullOutcome
 PULL_OUTCOME_STALE: PullOutcome
 
 class PushRequest(_message.Message):
-    __slots__ = ("run_id", "timeline", "step", "block", "site", "chunk", "tokens", "loss", "slice", "payload")
+    __slots__ = ("run_id", "timeline", "step", "block", "site", "chunk", "tokens", "loss", "slice", "codec", "payload")
     RUN_ID_FIELD_NUMBER: _ClassVar[int]
     TIMELINE_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
@@ -50,6 +69,7 @@ class PushRequest(_message.Message):
     TOKENS_FIELD_NUMBER: _ClassVar[int]
     LOSS_FIELD_NUMBER: _ClassVar[int]
     SLICE_FIELD_NUMBER: _ClassVar[int]
+    CODEC_FIELD_NUMBER: _ClassVar[int]
     PAYLOAD_FIELD_NUMBER: _ClassVar[int]
     run_id: str
     timeline: int
@@ -60,8 +80,9 @@ class PushRequest(_message.Message):
     tokens: int
     loss: float
     slice: _tensor_pb2.Slice
+    codec: Codec
     payload: bytes
-    def __init__(self, run_id: _Optional[str] = ..., timeline: _Optional[int] = ..., step: _Optional[int] = ..., block: _Optional[_Union[_tensor_pb2.Block, _Mapping]] = ..., site: _Optional[int] = ..., chunk: _Optional[int] = ..., tokens: _Optional[int] = ..., loss: _Optional[float] = ..., slice: _Optional[_Union[_tensor_pb2.Slice, _Mapping]] = ..., payload: _Optional[bytes] = ...) -> None: ...
+    def __init__(self, run_id: _Optional[str] = ..., timeline: _Optional[int] = ..., step: _Optional[int] = ..., block: _Optional[_Union[_tensor_pb2.Block, _Mapping]] = ..., site: _Optional[int] = ..., chunk: _Optional[int] = ..., tokens: _Optional[int] = ..., loss: _Optional[float] = ..., slice: _Optional[_Union[_tensor_pb2.Slice, _Mapping]] = ..., codec: _Optional[_Union[Codec, str]] = ..., payload: _Optional[bytes] = ...) -> None: ...
 
 class PushAnswer(_message.Message):
     __slots__ = ("chunk", "site", "block", "outcome", "missing")

@@ -15,12 +15,14 @@ class DType(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     D_TYPE_FLOAT16: _ClassVar[DType]
     D_TYPE_INT32: _ClassVar[DType]
     D_TYPE_INT64: _ClassVar[DType]
+    D_TYPE_UINT8: _ClassVar[DType]
 D_TYPE_UNSPECIFIED: DType
 D_TYPE_FLOAT32: DType
 D_TYPE_BFLOAT16: DType
 D_TYPE_FLOAT16: DType
 D_TYPE_INT32: DType
 D_TYPE_INT64: DType
+D_TYPE_UINT8: DType
 
 class Slice(_message.Message):
     __slots__ = ("dtype", "offset", "total", "shape")

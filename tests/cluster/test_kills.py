@@ -46,6 +46,13 @@ def test_killed_processes_cost_no_step_and_no_bit(tmp_path: Path, replicas: int,
     assert_nothing_was_lost(tmp_path, figures, groups=[f"{place}, kill" for place in PLACES], each=each)
 
 
+@pytest.mark.timeout(RUN_SECONDS_MAX)
+def test_local_steps_and_what_is_rounded_by_chance_come_out_alike_again(tmp_path: Path) -> None:
+    changed = ["--communication.push", "int8_stochastic", "--communication.pull", "bf16", "--train.local_steps", "2"]
+    figures = chaos(tmp_path, *SHAPE, "1", "--faults", "1", *changed)
+    assert_nothing_was_lost(tmp_path, figures, groups=[f"{place}, kill" for place in PLACES], each=1)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(RUN_SECONDS_MAX)
 @pytest.mark.parametrize("kind", ["stop", "half-open"])

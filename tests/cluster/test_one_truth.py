@@ -83,3 +83,36 @@ def test_every_optimizer_and_the_other_precision(truth: Truth, tmp_path: Path, o
     digest, rows = train_reference(truth.config(*overrides), truth.tokens)
     assert train(truth.config(*overrides, *shaped(2, 2, 2)), tmp_path) == digest
     assert comparable(rows_of(tmp_path)) == comparable(rows)
+
+
+@pytest.mark.parametrize("codec", ["bf16", "fp16", "int8", "int8_stochastic"])
+def test_every_codec_is_as_exact_as_the_reference(truth: Truth, tmp_path: Path, codec: str) -> None:
+    tied = codec in ("fp16", "int8_stochastic")
+    overrides = ["--communication.push", codec, "--communication.pull", "bf16" if codec == "int8" else "fp32"]
+    digest, rows = train_reference(truth.config(*overrides, tied=tied), truth.tokens)
+    assert digest != truth.of(tied)[0]
+    for name, shape in (("deep", (2, 2, 2)), ("wide", (1, 4, 3))):
+        assert train(truth.config(*overrides, *shaped(*shape), tied=tied), tmp_path / name) == digest
+        assert comparable(rows_of(tmp_path / name)) == comparable(rows)
+
+
+OUTER = ["--optimizer.name", "nesterov", "--optimizer.learning_rate", "0.7", "--optimizer.weight_decay", "0"]
+OUTER += ["--optimizer.max_grad_norm", "0"]
+
+
+@pytest.mark.parametrize(("schedule", "codec"), [("1f1b", "fp32"), ("zero_bubble", "int8_stochastic")])
+def test_local_steps_end_with_the_references_digest_and_losses(truth: Truth, tmp_path: Path, schedule: str, codec: str) -> None:
+    overrides = ["--train.local_steps", "2", *OUTER, "--communication.push", codec]
+    digest, rows = train_reference(truth.config(*overrides), truth.tokens)
+    for name, shape in (("deep", (3, 1, 2)), ("wide", (2, 2, 1))):
+        config = truth.config(*overrides, *shaped(*shape), "--pipeline.schedule", schedule)
+        assert train(config, tmp_path / name) == digest
+        assert comparable(rows_of(tmp_path / name)) == comparable(rows)
+
+
+@pytest.mark.parametrize("codec", ["top_k", "top_k_int8"])
+def test_what_is_left_out_stays_with_its_lane(truth: Truth, tmp_path: Path, codec: str) -> None:
+    overrides = ["--communication.push", codec]
+    digest, rows = train_reference(truth.config(*overrides), truth.tokens)
+    assert train(truth.config(*overrides, *shaped(2, 1, 2)), tmp_path) == digest  # one replica: no lane moves
+    assert comparable(rows_of(tmp_path)) == comparable(rows)

@@ -15,6 +15,7 @@ import yaml
 from coordinator.instruments import Instruments
 from ps_service.instruments import ShardInstruments
 from shardlane.metrics import Metrics
+from shardlane.top_k import Residuals
 from worker_service.instruments import WorkerInstruments
 
 OF_PROMETHEUS = {"job", "instance", "le"}
@@ -25,7 +26,7 @@ def exported() -> dict[str, set[str]]:
     """Label names by metric, of all services: histograms by their three series, counters with their `_total`."""
     shard, worker, coordinator = Metrics("shard"), Metrics("worker"), Metrics("coordinator")
     ShardInstruments(shard).watch(MagicMock())
-    WorkerInstruments(worker).watch(lambda: 0.0, lambda: 0.0)
+    WorkerInstruments(worker).watch(lambda: 0.0, lambda: 0.0, Residuals())
     Instruments(coordinator, MagicMock(), lambda: 0.0)
     found: dict[str, set[str]] = {}
     for metrics in (shard, worker, coordinator):
@@ -92,7 +93,8 @@ def test_it_shows_what_people_look_for(repository: Path) -> None:
     shown = set().union(*map(metrics_in, expressions(repository)))
     wanted = """shardlane_coordinator_steps_done shardlane_coordinator_loss_nats shardlane_coordinator_tokens_per_second
         shardlane_coordinator_grad_norm shardlane_coordinator_learning_rate shardlane_worker_phase_seconds_total
-        shardlane_worker_pushed_bytes_total shardlane_worker_pulled_bytes_total grpc_server_handled_total
+        shardlane_worker_pushed_bytes_total shardlane_worker_gradient_bytes_total shardlane_worker_pulled_bytes_total
+        grpc_server_handled_total
         grpc_server_handling_seconds_bucket shardlane_coordinator_lease_age_seconds shardlane_coordinator_skipped_steps
         shardlane_worker_push_queue_bytes shardlane_worker_inbox_bytes shardlane_shard_apply_seconds_bucket
         shardlane_build_info"""

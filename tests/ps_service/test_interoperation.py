@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import grpc
 import numpy as np
@@ -18,6 +19,7 @@ from ps_service.peers import SERVICE
 from ps_service.servicer import ShardServicer
 from ps_service.shard import Shard
 from shardlane import rpc, wire
+from shardlane.codecs import Int8
 from shardlane.config import Config, build
 from shardlane.ids import Incarnation, PlanNumber, RunId, Timeline, Version
 from shardlane.initialise import initial_chunk
@@ -42,10 +44,10 @@ BOTH = tensor_pb2.Block(first=0, size=2)
 
 
 class Served:
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, config: Config = CONFIG) -> None:
         self.shard = Shard(
             ME,
-            CONFIG,
+            config,
             run_id=RUN,
             checkpoint_path=folder,
             instruments=ShardInstruments(Metrics("shard")),
@@ -209,6 +211,86 @@ def test_garbage_is_refused(served: Served) -> None:
 def test_a_stream_without_a_message_is_answered(served: Served) -> None:
     assert not served.stub.Deliver(iter([]), timeout=20).HasField("plan")
     assert served.stub.Push(iter([]), timeout=20).num_counted == 0
+
+
+# ---- coded gradients ---------------------------------------------------------------------------------------------------
+
+CODED = CONFIG.with_changes({"communication.push": "int8", "communication.pull": "bf16", "communication.coded_elements_min": 512})
+CODEC = Int8(stochastic=False)
+
+
+@pytest.fixture
+def coded(tmp_path: Path) -> Iterator[Served]:
+    made = Served(tmp_path, CODED)
+    yield made
+    made.stop()
+
+
+def coded_piece(chunk: int, value: float, index: int) -> ps_pb2.PushRequest:
+    """A lane's part of a chunk, in one piece, as the run's config has it."""
+    num_elements = LAYOUT.chunks[chunk].num_elements
+    values = torch.full((num_elements,), value)
+    is_coded = LAYOUT.tensors[LAYOUT.chunks[chunk].tensor].num_elements >= 512
+    data = CODEC.encode(values, 0).data.numpy().tobytes() if is_coded else values.numpy().tobytes()
+    return ps_pb2.PushRequest(
+        run_id=RUN,
+        block=tensor_pb2.Block(first=index, size=1),
+        chunk=chunk,
+        tokens=8,
+        codec=ps_pb2.CODEC_INT8 if is_coded else ps_pb2.CODEC_UNSPECIFIED,
+        slice=tensor_pb2.Slice(
+            dtype=tensor_pb2.D_TYPE_UINT8 if is_coded else tensor_pb2.D_TYPE_FLOAT32, offset=0, total=len(data)
+        ),
+        payload=data,
+    )
+
+
+def test_coded_gradients_are_added_in_fp32_and_parameters_travel_in_bf16(coded: Served) -> None:
+    before = initial_chunk(CONFIG, LAYOUT, LAYOUT.chunks[1])
+    pieces = (coded_piece(chunk.id, 8.0, index) for chunk in LAYOUT.chunks for index in (0, 1))
+    assert coded.stub.Push(pieces, timeout=20).num_counted == 2 * len(LAYOUT.chunks)
+    (piece,) = coded.stub.Pull(ps_pb2.PullRequest(run_id=RUN, version=1, chunks=[1]), timeout=20)
+    assert piece.slice.dtype == tensor_pb2.D_TYPE_BFLOAT16
+    pulled = torch.frombuffer(bytearray(piece.payload), dtype=torch.bfloat16)
+    assert torch.equal(pulled, (before - 0.5).to(torch.bfloat16))  # 16 over 16 tokens, at rate 0.5
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"codec": ps_pb2.CODEC_UNSPECIFIED}, "travels by codec 3"),
+        ({"codec": ps_pb2.CODEC_BF16}, "travels by codec 3"),
+        ({"block": BOTH}, "what rounds goes lane by lane"),
+        ({"slice": tensor_pb2.Slice(dtype=tensor_pb2.D_TYPE_UINT8, total=7)}, "bytes of its code"),
+        ({"slice": tensor_pb2.Slice(dtype=tensor_pb2.D_TYPE_INT32, total=CODEC.num_bytes(4096))}, "of dtype"),
+        ({"payload": b"\0" * 100}, "the stream ended"),
+        ({"payload": b"\xff\xff\x7f\xff" + b"\0" * (CODEC.num_bytes(4096) - 4)}, "the scale of a block"),
+    ],
+)
+def test_a_coded_chunk_that_cannot_be_is_refused_with_a_reason(coded: Served, change: dict[str, Any], reason: str) -> None:
+    assert LAYOUT.chunks[1].num_elements == 4096 or pytest.fail("the layout has changed")
+    piece = coded_piece(1, 1.0, 0)
+    spoilt = ps_pb2.PushRequest.FromString(piece.SerializeToString())
+    for name, value in change.items():
+        if isinstance(value, int | bytes):
+            setattr(spoilt, name, value)
+        else:
+            getattr(spoilt, name).CopyFrom(value)
+    with pytest.raises(grpc.RpcError) as refused:
+        coded.stub.Push(iter([spoilt]), timeout=20)
+    assert refused.value.code() == grpc.StatusCode.INVALID_ARGUMENT and reason in refused.value.details()
+    assert coded.stub.Push(iter([piece]), timeout=20).num_counted == 1
+
+
+def test_random_bytes_in_the_place_of_coded_chunks_are_counted_or_refused(coded: Served) -> None:
+    chance = np.random.default_rng(5)
+    for index in range(200):
+        piece = coded_piece(1 + index % 3, 1.0, 0)
+        noise = chance.bytes(len(piece.payload))
+        piece.payload = noise if index % 2 else noise[: chance.integers(1, len(noise))]
+        call = coded.stub.Push.future(iter([piece]), timeout=20)
+        assert call.code() in (grpc.StatusCode.OK, grpc.StatusCode.INVALID_ARGUMENT), call.details()
+    assert coded.stub.Push(iter([coded_piece(9, 1.0, 1)]), timeout=20).num_counted == 1
 
 
 class StubShard(ps_pb2_grpc.ParameterShardServicer):

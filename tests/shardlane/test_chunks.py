@@ -10,7 +10,7 @@ from shardlane.chunks import Assembly, BufferPool
 from shardlane.errors import MalformedError
 from shardlane.pb import tensor_pb2
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.int32, torch.int64]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.int32, torch.int64, torch.uint8]
 
 
 def piece(tensor: torch.Tensor, offset: int) -> tensor_pb2.Slice:

@@ -51,6 +51,7 @@ class Reply(NamedTuple):
     acknowledged_steps: int
     requests: int
     may_leave: bool
+    timeline: int
     plan: Plan | None
 
 
@@ -154,6 +155,7 @@ class CoordinatorProcess(Process):
             max(self.store.rows_version, run.timeline.version),
             run.requests,
             beat.is_leaving and run.may_leave(beat.incarnation, self.clock.now),
+            run.timeline.id,
             self.store.plan,
         )
 

@@ -141,6 +141,9 @@ class ShardProcess(MemberProcess):
         )
 
     def on_reply(self, reply: Reply) -> None:
+        """As `Shard.hear`."""
+        if self.core.plan is None or self.core.plan.timeline.id != reply.timeline:
+            return
         while self._summaries and self._summaries[0].step < reply.acknowledged_steps:
             self._summaries.popleft()
         self.core.requests |= reply.requests

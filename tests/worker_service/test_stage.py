@@ -62,7 +62,7 @@ def lane_gradients(config: Config) -> tuple[list[dict[str, Tensor]], list[float]
 
 def run(config: Config, stages: list[StageCompute], blocks: tuple[Block, ...]) -> None:
     """All stages on one thread, each action as soon as what it needs is there."""
-    micro_batches, *_ = [stage.begin(blocks) for stage in stages]
+    (micro_batches,), *_ = [stage.begin(blocks) for stage in stages]
     waiting = [schedule(config.pipeline.schedule, p, len(stages), micro_batches) for p in range(len(stages))]
     sent: dict[tuple[type, int, int], Any] = {}  # (action, stage that sent, micro-batch)
     while any(waiting):
@@ -114,7 +114,7 @@ def test_sums_come_while_weight_gradients_are_added() -> None:
     stage = StageCompute(config, whole_model(config.model), torch.device("cpu"), lambda name, block, total: order.append(name))
     for each in stage.flat_parameters.values():
         each.fill_(0.01)
-    first, second = stage.begin((lane(0),))
+    ((first, second),) = stage.begin((lane(0),))
     for micro_batch in (first, second):
         both = windows(config, micro_batch)
         stage.forward(micro_batch, inputs_of(both, "cpu"), targets_of(both, "cpu"))
@@ -135,7 +135,8 @@ def test_an_abandoned_step_leaves_nothing_behind() -> None:
     run(config, [stage], (lane(1),))
     expected = dict(sums)
     sums.clear()
-    for micro_batch in stage.begin((Block(lane(0).first, 2),))[:3]:  # stops in the midst of lane 1
+    (micro_batches,) = stage.begin((Block(lane(0).first, 2),))
+    for micro_batch in micro_batches[:3]:  # stops in the midst of lane 1
         both = windows(config, micro_batch)
         stage.forward(micro_batch, inputs_of(both, "cpu"), targets_of(both, "cpu"))
         stage.backward(micro_batch)

@@ -1,0 +1,134 @@
+"""What each code for pushed gradients saves in bytes, and what it costs in validation loss.
+
+Bytes are what the workers of a real cluster push with one lane a replica, payloads alone. Losses are the reference's, which
+computes what a cluster computes, bit for bit: every code with every seed, the same tokens.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+from benchmarks import harness
+from benchmarks.fleet import Fleet
+from benchmarks.harness import Report, Spread, Target, arguments
+from benchmarks.pipeline_cluster import counter
+from shardlane.config import Config, load
+from shardlane.prepare import ensure_prepared
+
+CONFIG = Path(__file__).parents[1] / "configs" / "demo.toml"
+NUM_LANES = 2
+CHANGES = {
+    "model.hidden_size": 192,  # about 3 M parameters
+    "model.intermediate_size": 512,
+    "train.lanes": NUM_LANES,
+    "train.global_batch_size": 8,
+    "train.micro_batch_size": 4,
+    "train.seq_len": 128,
+    "validation.every_steps": 0,
+    "validation.num_micro_batches": 32,
+    "checkpoint.every_steps": 0,
+    "cluster.stages": 1,
+    "cluster.replicas": NUM_LANES,
+    "cluster.shards": 1,
+}
+DENSE = "fp32"
+CODES: dict[str, dict[str, object]] = {
+    DENSE: {"communication.touched_rows": False},
+    "fp32, touched rows": {},
+    "bf16": {"communication.push": "bf16"},
+    "fp16": {"communication.push": "fp16"},
+    "int8": {"communication.push": "int8"},
+    "int8, stochastic": {"communication.push": "int8_stochastic"},
+    "top-k 1 %, int8": {"communication.push": "top_k_int8"},
+}
+SAVED = {"int8": 3.8, "int8, stochastic": 3.8, "top-k 1 %, int8": 60.0}  # at least so many times fewer bytes
+WORSE = {"int8": 0.005, "int8, stochastic": 0.005, "bf16": 0.005, "fp16": 0.005, "top-k 1 %, int8": 0.03}  # or two deviations
+PUSHED, STEPS = "shardlane_worker_pushed_bytes_total", "shardlane_worker_step_seconds_count"
+
+
+def bytes_a_step(config: Config, run_dir: Path, num_steps: int) -> float:
+    """What all workers push in a step, on average over a run of `num_steps`; they make one more, so that none is half done."""
+    with Fleet(config.with_changes({"train.max_steps": 1_000_000, "schedule.warmup_steps": 0}), run_dir) as fleet:
+        workers = fleet.workers()
+        before = [(counter(each, PUSHED), counter(each, STEPS)) for each in workers]
+        target = max(steps for _, steps in before) + num_steps
+        fleet.wait(lambda status: status.version > target)
+        after = [(counter(each, PUSHED), counter(each, STEPS)) for each in workers]
+    pushed = sum(late - early for (early, _), (late, _) in zip(before, after, strict=True))
+    steps = sum(late - early for (_, early), (_, late) in zip(before, after, strict=True)) / len(workers)
+    return pushed / steps
+
+
+def validation_loss(config: Config) -> float:
+    """Of the reference, in a process of its own."""
+    from shardlane.data import open_token_folder
+    from shardlane.reference import Reference
+
+    tokens = open_token_folder(config.data.path, model_vocab_size=config.model.vocab_size, verify=False)
+    reference = Reference(config, tokens)
+    for _ in reference.run():
+        pass
+    return reference.validation_loss()
+
+
+def losses(config: Config, seeds: Sequence[int], processes: int) -> dict[str, list[float]]:
+    """Of every code, by seed."""
+    jobs = [(name, config.with_changes({**changes, "train.seed": seed})) for name, changes in CODES.items() for seed in seeds]
+    found: dict[str, list[float]] = {name: [] for name in CODES}
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+        for (name, _), loss in zip(jobs, pool.map(validation_loss, [each for _, each in jobs]), strict=True):
+            found[name].append(loss)
+            print(f"{name}: validation loss {loss:.4f}", file=sys.stderr)
+    return found
+
+
+def judge(report: Report, pushed: dict[str, float], found: dict[str, list[float]]) -> None:
+    deviation = statistics.stdev(found[DENSE]) if len(found[DENSE]) > 1 else 0.0
+    mean = statistics.mean(found[DENSE])
+    for name in CODES:
+        saved = f"bytes: {DENSE} / {name}"
+        report.ratios[saved] = Spread.of([pushed[DENSE] / pushed[name]])
+        if name in SAVED:
+            report.targets[saved] = Target(SAVED[name])
+        worse = f"loss: {name} / {DENSE}"
+        report.ratios[worse] = Spread.of([statistics.mean(found[name]) / mean])
+        if name in WORSE:
+            report.targets[worse] = Target(median_max=1 + max(WORSE[name], 2 * deviation / mean))
+    report.notes.append(f"standard deviation of the loss over seeds: {deviation:.4f} of {mean:.4f}")
+    report.notes.append(
+        f"one lane a replica; with n lanes each, a code that rounds saves 1/n as much beside one {DENSE} sum of them"
+    )
+    report.extra["bytes_a_step"] = pushed
+
+
+def main(argv: list[str]) -> int:
+    parser = arguments("compression", __doc__, rounds=3)
+    parser.add_argument("--steps", type=int, default=400, help="steps that the loss is measured after (default: %(default)s)")
+    parser.add_argument("--processes", type=int, default=2, help="references that train at a time (default: %(default)s)")
+    options = parser.parse_args(argv)
+    config = load(CONFIG).with_changes(
+        {**CHANGES, "train.max_steps": options.steps, "schedule.warmup_steps": options.steps // 20}
+    )
+    report = Report("compression", "validation loss, nats a token")
+    with tempfile.TemporaryDirectory(prefix="shardlane-compression-") as temporary:
+        folder = Path(temporary)
+        data = ensure_prepared(config, folder, lambda line: print(line, file=sys.stderr)).path
+        config = config.with_changes({"data.path": str(data)})
+        pushed = {}
+        for index, (name, changes) in enumerate(CODES.items()):
+            pushed[name] = bytes_a_step(config.with_changes(changes), folder / f"run-{index}", num_steps=10)
+            print(f"{name}: {pushed[name] / 1e6:.3f} MB a step", file=sys.stderr)
+        seeds = [config.train.seed + index for index in range(options.rounds)]
+        report.samples = losses(config, seeds, options.processes)
+    judge(report, pushed, report.samples)
+    return harness.finish(report, options)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
