@@ -152,6 +152,10 @@ class Layout:
                     found.append(SiteChunk(chunk, SiteIndex(site), tensor.site_names[site]))
         return found
 
+    def decays(self, stage: StageLayers) -> dict[str, bool]:
+        """Which of a stage's own parameters have weight decay, by name."""
+        return {item.parameter: self.tensors[item.chunk.tensor].decay for item in self.stage_chunks(stage)}
+
 
 def layer_costs(model: ModelConfig, seq_len: int) -> list[float]:
     """Multiply-adds a token of each decoder layer, forward; the head's are added to the last layer.

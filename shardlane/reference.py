@@ -80,8 +80,7 @@ class Reference:
         self._local: LocalSteps | None = None
         if config.train.local_steps > 1:
             flat = {name: leaf.detach().view(-1) for name, leaf in self._leaves.items()}
-            decays = {name: self.layout.tensors[items[0].chunk.tensor].decay for name, items in self._items.items()}
-            self._local = LocalSteps(config, flat, decays)
+            self._local = LocalSteps(config, flat, self.layout.decays(whole_model(config.model)))
         self._fill_leaves()
 
     @property
@@ -214,11 +213,7 @@ class Reference:
         for item in self._items[parameter]:
             part = flat.narrow(0, item.chunk.offset, item.chunk.num_elements)
             nonce = nonce_of(seed=self.config.train.seed, step=step, lane=index, site=item.site, chunk=item.chunk.id)
-            if codec.keeps_residual:
-                encoded = self._residuals.encode(codec, (index, item.site, item.chunk.id), step, part, nonce)
-            else:
-                encoded = codec.encode(part, nonce)
-            codec.decode(encoded.data, part)
+            codec.decode(self._residuals.encode(codec, (index, item.site, item.chunk.id), step, part, nonce).data, part)
         return gradient
 
     def _chunk_sums(self, gradients: dict[str, Tensor]) -> list[Tensor]:

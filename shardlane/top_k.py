@@ -111,7 +111,9 @@ class Residuals:
             self._square_norms.clear()
 
     def encode(self, codec: Codec, place: Place, step: int, values: Tensor, nonce: int) -> Encoded:
-        """`values`, fp32 [n], and what was left out before `step`. Encoding the same again gives the same."""
+        """`values`, fp32 [n], and what was left out before `step`, if the code leaves anything. The same again gives the same."""
+        if not codec.keeps_residual:
+            return codec.encode(values, nonce)
         held = self._held.get(place)
         if held is None:
             self.num_begun += 1

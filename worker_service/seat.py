@@ -196,7 +196,7 @@ class Seat:
         self._attempt, self._version, config = attempt, version, self._around.config
         with self._around.instruments.computing(), suppress(StepClosed):
             if config.communication.push != "fp32" or config.train.local_steps > 1:
-                blocks = [lane(each) for block in blocks for each in block.lanes]  # a lane's part is encoded by itself
+                blocks = [lane(each) for block in blocks for each in block.lanes]  # both are a lane's own
             try:
                 for micro_batches in self.compute.begin(blocks):
                     self._flush(version, micro_batches)
@@ -308,11 +308,7 @@ class Seat:
         assert self._version is not None
         seed, index = self._around.config.train.seed, key.block.lanes[0]
         nonce = nonce_of(seed=seed, step=self._version, lane=index, site=key.site, chunk=key.chunk)
-        if codec.keeps_residual:
-            place = (index, key.site, key.chunk)
-            encoded = self._around.residuals.encode(codec, place, self._version, values, nonce)
-        else:
-            encoded = codec.encode(values, nonce)
+        encoded = self._around.residuals.encode(codec, (index, key.site, key.chunk), self._version, values, nonce)
         if encoded.overflowed:
             self._around.instruments.rescaled_chunks.inc()
         host = self._around.staging.to_host(encoded.data)

@@ -16,7 +16,7 @@ from shardlane.lane_sums import LaneSums
 from shardlane.lanes import Block, lane
 from shardlane.local_steps import LocalSteps
 from shardlane.model import Stage
-from shardlane.partition import StageLayers
+from shardlane.partition import Layout, StageLayers
 from shardlane.rates import tree_sum
 from shardlane.weight_gradients import Pending, Product
 
@@ -55,8 +55,7 @@ class StageCompute:
         self._local: LocalSteps | None = None
         self._num_lanes_done = 0  # with local steps
         if config.train.local_steps > 1:
-            decays = {name: each.dim() > 1 for name, each in self._parameters.items()}
-            self._local = LocalSteps(config, self.flat_parameters, decays)
+            self._local = LocalSteps(config, self.flat_parameters, Layout.of(config).decays(layers))
         put_off = {id(each) for each in self._weight_gradients.weights}
         for name, parameter in self._parameters.items():
             if id(parameter) not in put_off:

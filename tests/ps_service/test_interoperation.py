@@ -26,7 +26,7 @@ from shardlane.initialise import initial_chunk
 from shardlane.metrics import Metrics
 from shardlane.partition import Layout
 from shardlane.pb import ps_pb2, ps_pb2_grpc, tensor_pb2
-from shardlane.plan import Member, Placement, Plan
+from shardlane.plan import REQUEST_STOP, Member, Placement, Plan
 from shardlane.tally import LaneRun, Tally
 
 ME, RUN = Incarnation("shard-me"), RunId("r")
@@ -154,6 +154,14 @@ def test_the_coordinator_is_told_what_was_counted_and_nothing_of_a_timeline_that
     assert served.shard.plan is not None
     served.shard.adopt(replace(served.shard.plan, number=PlanNumber(1, 2), timeline=Timeline(1, Version(0))))
     assert served.shard.unacknowledged(10) == []
+
+
+def test_what_the_coordinator_says_of_another_timeline_is_passed_over(served: Served) -> None:
+    served.stub.Push(everything(1.0), timeout=20)
+    served.shard.hear(7, num_told=1, requests=REQUEST_STOP)
+    assert len(served.shard.unacknowledged(10)) == 1 and not served.shard._core.requests
+    served.shard.hear(0, num_told=1, requests=REQUEST_STOP)
+    assert served.shard.unacknowledged(10) == [] and served.shard._core.requests == REQUEST_STOP
 
 
 def broken(**change: object) -> ps_pb2.PushRequest:
