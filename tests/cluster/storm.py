@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import threading
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 import grpc
 
 LOST, DOUBLED = "lost", "doubled"
-SHARE = 0.05  # of calls, for each of the two
+DECK = [LOST, DOUBLED] + [""] * 18  # 5 % of a method's calls each, and of every twenty of them exactly one
 BREAK_SHARE = 0.05  # of the messages of a Transfer, which lasts as long as a plan: there its stream breaks
 RESPONSES_BEFORE_LOSS = 2  # of a stream of answers
 
@@ -33,6 +33,7 @@ class Storm:
     def __init__(self, seed: int) -> None:
         self.happened: Counter[tuple[str, str]] = Counter()
         self._rng = random.Random(seed)
+        self._decks: defaultdict[str, list[str]] = defaultdict(list)
         self._lock = threading.Lock()
 
     def connect(self, connect: Callable[..., grpc.Channel]) -> Callable[..., Channel]:
@@ -41,9 +42,10 @@ class Storm:
 
     def draw(self, method: str) -> str:
         with self._lock:
-            drawn = self._rng.random()
-            what = LOST if drawn < SHARE else DOUBLED if drawn < 2 * SHARE else ""
-            if what:
+            deck = self._decks[method]
+            if not deck:
+                deck += self._rng.sample(DECK, len(DECK))
+            if what := deck.pop():
                 self.happened[method, what] += 1
             return what
 
