@@ -52,8 +52,10 @@ class Publications:
             self.num_waiting += 1
             try:
                 while True:
+                    if self._generation != generation:
+                        return []
                     ready = [chunk for chunk in waited if self._versions.get(chunk, -1) >= version]
-                    if ready or self._generation != generation:
+                    if ready:
                         return ready
                     remaining = deadline - time.monotonic()
                     if remaining <= 0 or not self._changed.wait(remaining):

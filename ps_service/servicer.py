@@ -168,8 +168,7 @@ class ShardServicer:
         self._check_run(request.run_id)
         if len(request.chunks) > CHUNKS_MAX:
             raise MalformedError(f"{len(request.chunks)} chunks asked for in one pull; at most {CHUNKS_MAX}")
-        generation = self._shard.publications.generation
-        plan = self._shard.plan
+        plan, generation = self._shard.serving()
         if plan is None:
             raise NotReadyError("this shard has no plan yet")
         waiting = dict.fromkeys(envelopes.chunk_id(chunk, len(self._layout.chunks)) for chunk in request.chunks)

@@ -106,6 +106,11 @@ class Shard:
     def plan(self) -> Plan | None:
         return self._core.plan
 
+    def serving(self) -> tuple[Plan | None, int]:
+        """The plan whose versions are published at this moment, and their generation; never one that is half taken up."""
+        with self._lock:
+            return self._core.plan, self.publications.generation
+
     def _decide(self, step: Step, records: Sequence[Record]) -> Decision:
         return decide(step, records, config=self.config, loss_chunk=self.layout.loss_chunk)
 

@@ -123,6 +123,28 @@ def test_a_pull_of_a_past_version_is_superseded(served: Served) -> None:
     assert (piece.outcome, piece.version) == (ps_pb2.PULL_OUTCOME_SUPERSEDED, 1)
 
 
+def test_a_pull_while_a_plan_is_taken_up_is_answered_from_the_new_timeline(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It once was told of a version that the roll-back had just undone, and its worker waited for the next one for ever."""
+    before = pull(served, 2, 0)
+    served.stub.Push(everything(1.0), timeout=20)
+    old, answers = served.shard.plan, list[ps_pb2.PullResponse]()
+    assert old is not None
+    request = ps_pb2.PullRequest(run_id=RUN, timeline=1, version=0, chunks=[2])
+    puller = threading.Thread(target=lambda: answers.extend(served.stub.Pull(request, timeout=20)))
+
+    def in_the_midst_of_it(plan: Plan) -> None:
+        puller.start()
+        puller.join(0.5)  # as good as always time enough to be answered wrongly; the right answer comes after this
+
+    monkeypatch.setattr(served.shard, "_set_outboxes", in_the_midst_of_it)
+    served.shard.adopt(replace(old, number=PlanNumber(1, 2), timeline=Timeline(1, Version(0))))
+    puller.join(20)
+    assert {(piece.outcome, piece.version) for piece in answers} == {(ps_pb2.PULL_OUTCOME_DATA, 0)}
+    assert b"".join(piece.payload for piece in answers) == before.numpy().tobytes()
+
+
 def test_more_pulls_wait_than_there_are_threads_and_pushes_go_on(served: Served) -> None:
     waiting = [served.stub.Pull(ps_pb2.PullRequest(run_id=RUN, version=1, chunks=[c]), timeout=20) for c in range(6)]
     with ThreadPoolExecutor(6) as threads:
