@@ -20,7 +20,7 @@ from shardlane.codecs import Codec
 from shardlane.communication import codec_for, pull_dtype
 from shardlane.errors import MalformedError, NotReadyError, StaleError
 from shardlane.ids import ChunkId, PlanNumber, SiteIndex, Step, Version
-from shardlane.partition import OPTIMIZER_STATES
+from shardlane.partition import state_names
 from shardlane.pb import ps_pb2, tensor_pb2
 
 CHUNKS_MAX = 65_536  # that a pull may ask for
@@ -139,6 +139,7 @@ class ShardServicer:
             response.num_duplicate += 1
         else:
             response.refused.add(
+                step=contribution.step,
                 chunk=contribution.chunk,
                 site=contribution.site,
                 block=wire.block_to_wire(contribution.block),
@@ -190,11 +191,11 @@ class ShardServicer:
 
     def _chunk(self, chunk: ChunkId, version: Version) -> Iterator[wire.Framed[ps_pb2.PullResponse]]:
         """The version was published; by now the chunk may be past it, or gone with a plan: then it is asked for again."""
-        with self._shard.store.parameter_of(chunk) as found:
+        with self._shard.store.parameter_of(chunk, version) as found:
             if found is None:
                 return
             now, parameter = found
-            if now != version:
+            if parameter is None:
                 yield wire.Framed(ps_pb2.PullResponse(chunk=chunk, version=now, outcome=ps_pb2.PULL_OUTCOME_SUPERSEDED))
                 return
             with self._as_it_travels(chunk, parameter) as values:
@@ -254,7 +255,8 @@ class ShardServicer:
                 raise MalformedError(
                     f"{type(envelope.message).__name__} brings no values; found {first.header.slice.total} bytes"
                 )
-        num_tensors_max = 2 + len(OPTIMIZER_STATES[self._shard.config.optimizer.name])
+        config = self._shard.config
+        num_tensors_max = 2 + len(state_names(config.optimizer.name, config.train.staleness))
         what = f"the values of chunk {chunk.id}"
         wire.check_slice(first.header.slice, first.payload, total_bytes_max=chunk.num_bytes * num_tensors_max, what=what)
         if first.header.slice.total % chunk.num_bytes:

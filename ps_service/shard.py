@@ -55,8 +55,8 @@ from shardlane.errors import CheckpointError
 from shardlane.ids import ChunkId, Incarnation, PlanNumber, RunId, Step, Timeline
 from shardlane.initialise import initial_chunk
 from shardlane.logs import logger
-from shardlane.manifest import checkpoint_folder
-from shardlane.partition import OPTIMIZER_STATES, Layout
+from shardlane.manifest import checkpoint_folder, tensor_names
+from shardlane.partition import Layout
 from shardlane.pb import coordinator_pb2
 from shardlane.plan import Plan
 
@@ -87,7 +87,7 @@ class Shard:
         self.instruments = instruments
         self.log = logger(role="shard", run=run_id, rank=me, step=lambda: self.publications.oldest())
         self._checkpoint_path = checkpoint_path
-        self._snapshots = SnapshotWriter(me, checkpoint_path, config.optimizer.name, self.store, report_checkpoint)
+        self._snapshots = SnapshotWriter(me, checkpoint_path, config, self.store, report_checkpoint)
         self._on_plan, self._on_milestone = on_plan, on_milestone
         self._appliers = ThreadPoolExecutor(min(APPLY_THREADS_MAX, os.cpu_count() or 1), thread_name_prefix="apply")
         self._lock = threading.Lock()
@@ -99,6 +99,7 @@ class Shard:
             num_lanes=config.train.lanes,
             last_version=config.train.last_step,
             decide=self._decide,
+            staleness=config.train.staleness,
         )
         instruments.watch(self)
 
@@ -228,11 +229,11 @@ class Shard:
             effect = todo.popleft()
             match effect:
                 case Keep():
-                    self.store.keep(effect.chunk, effect.site, effect.block, values[0])
+                    self.store.keep(effect, values[0])
                 case Join():
-                    self.store.join(effect.chunk, effect.site, effect.left, effect.right)
+                    self.store.join(effect)
                 case Close():
-                    square_norm, digest = self.store.close(effect.chunk)
+                    square_norm, digest = self.store.close(effect.chunk, effect.step)
                     todo.extend(self._core.on_measured(effect.chunk, square_norm=square_norm, digest=digest))
                 case KeepSum():
                     self.store.keep_sum(effect.chunk, values[0])
@@ -295,7 +296,7 @@ class Shard:
         return initial_chunk(self.config, self.layout, self.layout.chunks[chunk])
 
     def _keep_state(self, effect: KeepState, values: Sequence[Tensor], num_steps: int) -> None:
-        names = ("parameter", *OPTIMIZER_STATES[self.config.optimizer.name])
+        names = tensor_names(self.config.optimizer.name, self.config.train.staleness)
         tensors = dict(zip(names, values, strict=False))
         self.store.put(effect.chunk, effect.version, tensors, num_steps)
         if effect.with_sum:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ps_service.store import ChunkImage, TensorStore
 from shardlane.checkpoint import PartWriter
+from shardlane.config import Config
 from shardlane.errors import CheckpointError
 from shardlane.ids import ChunkId, Incarnation, Version
 from shardlane.manifest import checkpoint_folder, tensor_names
@@ -33,12 +34,12 @@ class SnapshotWriter:
         self,
         me: Incarnation,
         root: Path,
-        optimizer_name: str,
+        config: Config,
         store: TensorStore,
         report: Callable[[coordinator_pb2.ReportCheckpointRequest], None],
     ) -> None:
         self._me, self._root, self._store, self._report = me, root, store, report
-        self._names = tensor_names(optimizer_name)
+        self._names = tensor_names(config.optimizer.name, config.train.staleness)
         self._num_taken = 0
         self._waiting: queue.Queue[Snapshot | None] = queue.Queue()
         self._thread = threading.Thread(target=self._run, name="snapshots", daemon=True)

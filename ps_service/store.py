@@ -13,14 +13,14 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from ps_service.core.messages import Apply
+from ps_service.core.messages import Apply, Join, Keep
 from shardlane.chunks import BufferPool
 from shardlane.config import Config
-from shardlane.ids import ChunkId, SiteIndex, Version
+from shardlane.ids import ChunkId, SiteIndex, Step, Version
 from shardlane.lanes import Block, lane
 from shardlane.numerics import fast_digest, square_sum
 from shardlane.optimizers import ChunkOptimizer
-from shardlane.partition import OPTIMIZER_STATES, Layout
+from shardlane.partition import Layout, state_names
 
 POOL_BYTES_MAX = 1 << 30  # of unused buffers that are kept for the next step
 
@@ -31,7 +31,7 @@ class StoredChunk:
 
     optimizer: ChunkOptimizer
     version: Version
-    partials: dict[tuple[SiteIndex, Block], Tensor] = field(default_factory=dict)
+    partials: dict[tuple[Step, SiteIndex, Block], Tensor] = field(default_factory=dict)
     sum: Tensor | None = None  # while the step is closed
     parameter_pins: int = 0
     state_pins: int = 0
@@ -64,10 +64,11 @@ class TensorStore:
     def put(self, chunk: ChunkId, version: Version, tensors: Mapping[str, Tensor], num_steps: int) -> None:
         """Takes over `tensors["parameter"]` and copies the optimizer's states, absent ones meaning a fresh optimizer."""
         decay = self._layout.tensors[self._layout.chunks[chunk].tensor].decay
-        optimizer = ChunkOptimizer(self._config.optimizer, tensors["parameter"], decay=decay)
-        names = OPTIMIZER_STATES[self._config.optimizer.name]
+        staleness = self._config.train.staleness
+        optimizer = ChunkOptimizer(self._config.optimizer, tensors["parameter"], decay=decay, staleness=staleness)
         if num_steps:
-            optimizer.load({name: tensors[name] for name in names}, num_steps)
+            names = state_names(self._config.optimizer.name, staleness)
+            optimizer.load({name: tensors[name] for name in names if name in tensors}, num_steps)
         self.chunks[chunk] = StoredChunk(optimizer, version)
 
     def forget(self, chunk: ChunkId) -> None:
@@ -80,6 +81,7 @@ class TensorStore:
         stored = self.chunks[effect.chunk]
         assert stored.sum is not None
         with stored.lock:
+            stored.optimizer.begin_version()
             if effect.scale is not None:
                 self._leave_to_readers(stored)
                 stored.optimizer.apply(stored.sum, scale=effect.scale, learning_rate=effect.learning_rate)
@@ -106,24 +108,24 @@ class TensorStore:
 
     # ---- sums ----------------------------------------------------------------------------------------------------------
 
-    def keep(self, chunk: ChunkId, site: SiteIndex, block: Block, values: Tensor) -> None:
-        """`values`, from the pool, become the partial sum of `block`."""
-        self.chunks[chunk].partials[site, block] = values
+    def keep(self, effect: Keep, values: Tensor) -> None:
+        """`values`, from the pool, become the partial sum of a block."""
+        self.chunks[effect.chunk].partials[effect.step, effect.site, effect.block] = values
 
-    def join(self, chunk: ChunkId, site: SiteIndex, left: Block, right: Block) -> None:
+    def join(self, effect: Join) -> None:
         """left += right: lanes add up along the tree, the lower lanes on the left."""
-        partials = self.chunks[chunk].partials
-        right_values = partials.pop((site, right))
-        partials[site, left.parent] = partials.pop((site, left)).add_(right_values)
+        partials, step, site = self.chunks[effect.chunk].partials, effect.step, effect.site
+        right_values = partials.pop((step, site, effect.right))
+        partials[step, site, effect.left.parent] = partials.pop((step, site, effect.left)).add_(right_values)
         self.pool.give(right_values)
 
-    def close(self, chunk: ChunkId) -> tuple[float, int]:
+    def close(self, chunk: ChunkId, step: Step) -> tuple[float, int]:
         """Adds the sites in order. Returns the sum's square norm (fp64) and digest."""
         stored = self.chunks[chunk]
         whole = lane(0) if self._num_lanes == 1 else Block(lane(0).first, self._num_lanes)
-        total = stored.partials.pop((SiteIndex(0), whole))  # the first addend is taken, never added to zeros
+        total = stored.partials.pop((step, SiteIndex(0), whole))  # the first addend is taken, never added to zeros
         for site in range(1, self._layout.num_sites(chunk)):
-            values = stored.partials.pop((SiteIndex(site), whole))
+            values = stored.partials.pop((step, SiteIndex(site), whole))
             total.add_(values)
             self.pool.give(values)
         stored.sum = total
@@ -161,17 +163,26 @@ class TensorStore:
     # ---- readers -------------------------------------------------------------------------------------------------------
 
     @contextmanager
-    def parameter_of(self, chunk: ChunkId) -> Iterator[tuple[Version, Tensor] | None]:
-        """The chunk's version and parameters, fp32 [num_elements], unchanging while the context lasts; None: it is not here."""
+    def parameter_of(self, chunk: ChunkId, version: Version) -> Iterator[tuple[Version, Tensor | None] | None]:
+        """The version that the chunk is at, and the parameters of `version`, fp32 [num_elements], unchanging while the context
+        lasts, or None if it is too old; None alone: the chunk is not here.
+        """
         stored = self.chunks.get(chunk)
         if stored is None:
             yield None
             return
         with stored.lock:
-            version, parameter = stored.version, stored.optimizer.parameter.detach()
-            stored.parameter_pins += 1
+            now, back = stored.version, stored.version - version
+            if back:
+                found = (now, stored.optimizer.version_ago(back) if 0 < back <= self._config.train.staleness else None)
+            else:
+                parameter = stored.optimizer.parameter.detach()
+                stored.parameter_pins += 1
+        if back:
+            yield found
+            return
         try:
-            yield version, parameter
+            yield now, parameter
         finally:
             with stored.lock:
                 if stored.optimizer.parameter.data_ptr() == parameter.data_ptr():

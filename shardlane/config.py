@@ -18,6 +18,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from shardlane.errors import ConfigError
+from shardlane.presets import MODEL_PRESETS
 
 ENVIRONMENT_PREFIX = "SHARDLANE_"
 
@@ -68,22 +69,6 @@ class ModelConfig(Section):
         return self.hidden_size // self.num_attention_heads
 
 
-def _shape(vocab: int, hidden: int, inner: int, layers: int, heads: int, kv: int, theta: float, tied: bool) -> dict[str, Any]:
-    return {
-        "vocab_size": vocab, "hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": layers,
-        "num_attention_heads": heads, "num_key_value_heads": kv, "rope_theta": theta, "tie_word_embeddings": tied,
-    }  # fmt: skip
-
-
-MODEL_PRESETS: dict[str, dict[str, Any]] = {
-    "tiny": _shape(512, 64, 160, 4, 4, 2, 10_000.0, False),
-    "demo": _shape(4096, 256, 704, 4, 8, 4, 10_000.0, False),
-    "20m": _shape(8192, 384, 1024, 8, 6, 6, 10_000.0, False),
-    "llama-3.2-1b": _shape(128_256, 2048, 8192, 16, 32, 8, 500_000.0, True),
-    "llama-3-8b": _shape(128_256, 4096, 14_336, 32, 32, 8, 500_000.0, False),
-}
-
-
 class DataConfig(Section):
     path: str = Field("", description="folder of a prepared token file; empty: RUN_DIR/data, prepared on first use")
     source: str = Field("python-stdlib", description="text to prepare when `path` is empty: python-stdlib, a file or a folder")
@@ -102,7 +87,23 @@ class TrainConfig(Section):
     local_steps: int = Field(
         1, ge=1, description="steps of a lane by itself, by [inner], between two pushes; they share its micro-batches (DiLoCo)"
     )
+    consistency: Literal["bsp", "ssp"] = Field(
+        "bsp", description="bsp: every step is computed from the version before it; ssp: from an older one, see `staleness`"
+    )
+    staleness: int = Field(
+        0,
+        ge=0,
+        le=16,
+        description="ssp: step t is computed from version t - staleness, so a replica may be so many steps ahead of another;"
+        " 1 is the one-step delay of PipeDream-2BW, which hides all communication",
+    )
     seed: int = Field(1234, ge=0, lt=1 << 63)
+
+    @model_validator(mode="after")
+    def _check_consistency(self) -> Self:
+        if self.consistency == "bsp" and self.staleness:
+            raise ValueError(f"staleness is {self.staleness} under bsp; set consistency to ssp, or staleness to 0")
+        return self
 
     @model_validator(mode="after")
     def _check_batch(self) -> Self:
@@ -126,6 +127,10 @@ class TrainConfig(Section):
     def num_micro_batches(self) -> int:
         """M: micro-batches a step, over all lanes."""
         return self.global_batch_size // self.micro_batch_size
+
+    def reads(self, step: int) -> int:
+        """The version from which `step` is computed, by every lane and in every stage."""
+        return max(step - self.staleness, 0)
 
     @property
     def last_step(self) -> int:
@@ -258,10 +263,19 @@ class Config(Section):
             )
         return self
 
+    @property
+    def goes_by_lanes(self) -> bool:
+        """Whether lanes are pushed one by one, not their sums: what rounds is a lane's own, and so are local steps; and under SSP
+        no sum of an earlier step need be taken apart when lanes move.
+        """
+        return self.communication.push != "fp32" or self.train.local_steps > 1 or self.train.staleness > 0
+
     def mathematics(self) -> dict[str, Any]:
         """The settings that decide the weights, bit for bit within a numerics class; the data's hash is kept beside it."""
         keep: dict[str, Any] = {name: getattr(self, name).model_dump() for name in ("model", "train", "optimizer", "schedule")}
-        del keep["train"]["stop_at_step"], keep["model"]["preset"]
+        del keep["train"]["stop_at_step"], keep["model"]["preset"], keep["train"]["consistency"]
+        if not self.train.staleness:
+            del keep["train"]["staleness"]
         keep["numerics"] = self.numerics.model_dump(exclude={"determinism"})
         if self.train.local_steps > 1:
             keep["inner"] = self.inner.model_dump()

@@ -14,7 +14,7 @@ SiteIndex = NewType("SiteIndex", int)  # which use of a tensor: 0, or 1 for the 
 Incarnation = NewType("Incarnation", str)  # one life of a process, e.g. "worker-3f9a0c1e"
 RunId = NewType("RunId", str)
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 """Raised by every change that an older peer would misread; registration refuses any other by name."""
 
 

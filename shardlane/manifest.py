@@ -24,7 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 from shardlane.config import Config, ModelConfig
 from shardlane.errors import CheckpointError
 from shardlane.ids import ChunkId, RunId, Version
-from shardlane.partition import OPTIMIZER_STATES, Layout
+from shardlane.partition import OPTIMIZER_STATES, Layout, state_names
 
 FORMAT_VERSION: Final = 1
 MANIFEST = "manifest.json"
@@ -94,7 +94,7 @@ class Manifest(_Frozen):
     @property
     def tensor_names(self) -> tuple[str, ...]:
         """`parameter`, then the optimizer's states: what is kept of each chunk."""
-        return tensor_names(self.mathematics["optimizer"]["name"])
+        return tensor_names(self.mathematics["optimizer"]["name"], self.mathematics["train"].get("staleness", 0))
 
     @property
     def digest(self) -> str:
@@ -108,8 +108,8 @@ class Manifest(_Frozen):
         return json.dumps({"checksum": checksum, **self.model_dump()}, indent=1) + "\n"
 
 
-def tensor_names(optimizer: str) -> tuple[str, ...]:
-    return (PARAMETER, *OPTIMIZER_STATES[optimizer])
+def tensor_names(optimizer: str, staleness: int = 0) -> tuple[str, ...]:
+    return (PARAMETER, *state_names(optimizer, staleness))
 
 
 def layout_of(manifest: Manifest) -> Layout:

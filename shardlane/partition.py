@@ -208,6 +208,16 @@ OPTIMIZER_STATES = {
 """State tensors of each optimizer, by torch's names, each of the chunk's shape, fp32."""
 
 
+def past_names(staleness: int) -> tuple[str, ...]:
+    """The parameters one version ago, two, …: from which steps are still to be computed under SSP."""
+    return tuple(f"parameter_{back}_ago" for back in range(1, staleness + 1))
+
+
+def state_names(optimizer: str, staleness: int = 0) -> tuple[str, ...]:
+    """What is kept of each chunk beside its parameters."""
+    return (*OPTIMIZER_STATES[optimizer], *past_names(staleness))
+
+
 @dataclass(frozen=True, slots=True)
 class MemoryPlan:
     """Bytes that one process of each role holds for good, without activations and transport buffers."""
@@ -220,7 +230,7 @@ class MemoryPlan:
 def memory_plan(config: Config, shard_chunks: Sequence[Sequence[ChunkId]], num_shard_copies: int = 1) -> MemoryPlan:
     """`shard_chunks`: the chunks of which each shard is primary; a shard holds about `num_shard_copies` times as much."""
     layout = Layout.of(config)
-    states = 2 + len(OPTIMIZER_STATES[config.optimizer.name])
+    states = 2 + len(state_names(config.optimizer.name, config.train.staleness))
     shard = max(sum(layout.chunks[chunk].num_bytes for chunk in chunks) for chunks in shard_chunks)
     stage = stage_bytes(config, config.cluster.stages, config.cluster.replicas)
     return MemoryPlan(layout.num_parameters * BYTES_PER_ELEMENT, shard * states * num_shard_copies, stage)

@@ -81,7 +81,8 @@ class Reference:
         if config.train.local_steps > 1:
             flat = {name: leaf.detach().view(-1) for name, leaf in self._leaves.items()}
             self._local = LocalSteps(config, flat, self.layout.decays(whole_model(config.model)))
-        self._fill_leaves()
+        self._filled = Version(-1)  # the version that the leaves are of
+        self._fill_leaves(self.version)
 
     @property
     def optimizer_step(self) -> int:
@@ -106,6 +107,7 @@ class Reference:
 
     def validation_loss(self) -> float:
         """Mean loss in nats a token over the held-out micro-batches, at the present version."""
+        self._fill_leaves(self.version)
         losses, num_tokens = [], 0
         for index in range(self.config.validation.num_micro_batches):
             windows = held_out_windows(self.tokens.held_out, self.config, index=index)
@@ -118,14 +120,13 @@ class Reference:
 
     def digest(self) -> str:
         """The digest of the present version, equal to that of a checkpoint of it."""
-        names = tensor_names(self.config.optimizer.name)
-        return state_digest(self.layout, names, lambda chunk, name: self._payload(chunk)[name], self.optimizer_step)
+        return state_digest(self.layout, self._names, lambda chunk, name: self._payload(chunk)[name], self.optimizer_step)
 
     def save(self, root: Path) -> Path:
         """Writes a checkpoint of the present version under `root`, prunes older ones, and returns its folder."""
         folder = checkpoint_folder(root, self.version)
         sizes = {chunk.id: chunk.num_elements for chunk in self.layout.chunks}
-        with PartWriter(folder, "reference", sizes, tensor_names(self.config.optimizer.name)) as writer:
+        with PartWriter(folder, "reference", sizes, self._names) as writer:
             for chunk in self.layout.chunks:
                 writer.add(chunk.id, self._payload(chunk.id))
             part = writer.finish()
@@ -153,17 +154,23 @@ class Reference:
                 _log.warning("the checkpoint is of numerics class %r, this process of %r", manifest.numerics_class, ours)
             for chunk, optimizer in enumerate(self._chunks):
                 states = reader.read_chunk(ChunkId(chunk))
-                optimizer.parameter.copy_(states.pop(PARAMETER))
-                optimizer.load(states, manifest.optimizer_step)
-        self.version = manifest.version
-        self._fill_leaves()
+                optimizer.parameter.copy_(states[PARAMETER])
+                optimizer.load({name: states[name] for name in self._names[1:] if name in states}, manifest.optimizer_step)
+        self.version, self._filled = manifest.version, Version(-1)
 
     def _initial(self, chunk: Chunk) -> ChunkOptimizer:
         values = initial_chunk(self.config, self.layout, chunk)
-        return ChunkOptimizer(self.config.optimizer, values, decay=self.layout.tensors[chunk.tensor].decay)
+        decay, staleness = self.layout.tensors[chunk.tensor].decay, self.config.train.staleness
+        return ChunkOptimizer(self.config.optimizer, values, decay=decay, staleness=staleness)
+
+    @property
+    def _names(self) -> tuple[str, ...]:
+        """Of what is kept of each chunk."""
+        return tensor_names(self.config.optimizer.name, self.config.train.staleness)
 
     def _train_step(self, step: int) -> Row:
         train, optimizer = self.config.train, self.config.optimizer
+        self._fill_leaves(Version(train.reads(step)))
         sums = {name: LaneSums(train.lanes) for name in self._leaves}
         losses, num_tokens = [], 0
         for index in range(train.lanes):
@@ -175,10 +182,10 @@ class Reference:
         totals = self._chunk_sums({name: each.take(Block(Lane(0), train.lanes)) for name, each in sums.items()})
         clip = clip_scale([square_sum(total) for total in totals], num_tokens, optimizer.max_grad_norm)
         rate = update_rate(step, self.config)
-        if clip.finite:
-            for chunk, total in zip(self._chunks, totals, strict=True):
+        for chunk, total in zip(self._chunks, totals, strict=True):
+            chunk.begin_version()
+            if clip.finite:
                 chunk.apply(total, scale=clip.scale, learning_rate=rate)
-            self._fill_leaves()
         mean_loss = tree_sum(losses) / num_tokens if num_tokens else math.nan
         row: Row = {"step": step, "loss": mean_loss, "grad_norm": clip.grad_norm, "lr": rate, "tokens": num_tokens}
         return row if clip.finite else {**row, "skipped": True}
@@ -228,13 +235,16 @@ class Reference:
             totals.append(total)
         return totals
 
-    def _fill_leaves(self) -> None:
-        """Every site is a leaf of its own and holds a copy of its chunks."""
+    def _fill_leaves(self, version: Version) -> None:
+        """Every site is a leaf of its own and holds a copy of its chunks as they were at `version`."""
+        if version == self._filled:
+            return
+        self._filled, back = version, self.version - version
         with torch.no_grad():
             for item in self.layout.stage_chunks(whole_model(self.config.model)):
                 leaf = self._leaves[item.parameter].view(-1)
                 dtype = pull_dtype(self.config.communication, self.layout.tensors[item.chunk.tensor])
-                values = self._chunks[item.chunk.id].parameter.to(dtype)
+                values = self._chunks[item.chunk.id].version_ago(back).to(dtype)
                 leaf.narrow(0, item.chunk.offset, item.chunk.num_elements).copy_(values)
 
     def _payload(self, chunk: ChunkId) -> dict[str, Tensor]:

@@ -24,6 +24,7 @@ from worker_service.attempt import Attempt
 ACTIVATION = worker_pb2.TRANSFER_KIND_ACTIVATION
 GRADIENT = worker_pb2.TRANSFER_KIND_GRADIENT
 VALIDATION = worker_pb2.TRANSFER_KIND_VALIDATION
+STANDING = worker_pb2.TRANSFER_KIND_STANDING
 
 
 class StepClosed(Exception):
@@ -61,20 +62,22 @@ class Inbox:
         budget_bytes: int,
         pool: BufferPool,
         *,
-        on_ahead: Callable[[Version], None],
+        on_ahead: Callable[[Version, PlanNumber], None],
         on_reseated: Callable[[PlanNumber], None],
         on_lane: Callable[[Direction, Version, MicroBatch], None],
     ) -> None:
-        """`on_ahead`: a neighbour computes from this later version. `on_reseated`: one works in a replica that was formed later
-        than the one here. `on_lane`: it asks from below, or tells from above, that the lane which begins with the micro-batch
-        runs again."""
+        """`on_ahead`: a neighbour in the replica that this plan formed knows a later version. `on_reseated`: one works in a
+        replica that was formed later than the one here. `on_lane`: it asks from below, or tells from above, that the lane which
+        begins with the micro-batch runs again."""
         self._me, self._run_id, self._pool = me, run_id, pool
         self._budget_bytes = budget_bytes // 2
         self._on_ahead, self._on_reseated, self._on_lane = on_ahead, on_reseated, on_lane
         self._changed = threading.Condition()
         self._number = PlanNumber(0, 0)
         self._seat: Seat | None = None
-        self._version = Version(0)
+        self._step = Version(0)  # the next, or under way
+        self._version = Version(0)  # in the parameters
+        self._published = Version(0)  # the newest version that is known here, or was told by a neighbour
         self._items: dict[Key, Tensor] = {}
         self._known: set[Key] = set()  # here, on its way, or used: not taken a second time
         self._bytes: dict[Direction, int] = {"above": 0, "below": 0}
@@ -91,15 +94,17 @@ class Inbox:
         """Takes up a plan: everything before it is void. `seat` is None for a worker that rests."""
         with self._changed:
             self._number, self._seat = number, seat
-            self._version = Version(0)  # a roll-back goes to an earlier one, and a neighbour may be there first
+            self._step = self._version = self._published = Version(
+                0
+            )  # a roll-back goes to an earlier one, and a neighbour may be there first
             self._drop(lambda key: True)
             self._changed.notify_all()
 
-    def begin(self, version: Version) -> None:
-        """Items of earlier steps are void, and so is what is known of this one's, which begins anew."""
+    def begin(self, step: Version, version: Version, published: Version) -> None:
+        """Items of earlier steps than `step` are void, and of validations of earlier versions than `version`."""
         with self._changed:
-            self._version = version
-            self._drop(lambda key: key[1] < version)
+            self._step, self._version, self._published = step, version, published
+            self._drop(self._is_past)
             self._changed.notify_all()
 
     def run_again(self, version: Version, micro_batches: range) -> None:
@@ -136,6 +141,9 @@ class Inbox:
             self._stopping = True
             self._changed.notify_all()
 
+    def _is_past(self, key: Key) -> bool:
+        return key[1] < (self._version if key[0] == VALIDATION else self._step)
+
     def _drop(self, void: Callable[[Key], bool]) -> None:
         self._known = {key for key in self._known if not void(key)}
         for key in [key for key in self._items if void(key)]:
@@ -150,7 +158,10 @@ class Inbox:
         deadline = time.monotonic() + rpc.WAIT_SECONDS
         for request in requests:
             seat = self._check(request, deadline)
-            if not request.header.HasField("slice"):
+            self._note(seat, request.header)
+            if request.header.kind == STANDING:
+                pass
+            elif not request.header.HasField("slice"):
                 self._on_lane(
                     _direction(request.header.kind), Version(request.header.step), MicroBatch(request.header.micro_batch)
                 )
@@ -158,11 +169,14 @@ class Inbox:
                 self._receive_item(seat, request, requests, is_active)
             deadline = time.monotonic() + rpc.WAIT_SECONDS
 
+    def _note(self, seat: Seat, header: worker_pb2.TransferRequest) -> None:
+        if header.published > self._published:
+            self._published = Version(header.published)
+            self._on_ahead(self._published, seat.number)
+
     def _receive_item(self, seat: Seat, first: Request, rest: Iterator[Request], is_active: Callable[[], bool]) -> None:
         header = first.header
         key = (int(header.kind), int(header.step), int(header.micro_batch))
-        if header.step > self._version:
-            self._on_ahead(Version(header.step))
         if not self._reserve(seat, key, is_active):
             _skip(first, rest)
             return
@@ -183,7 +197,7 @@ class Inbox:
         direction = _direction(key[0])
 
         def is_void() -> bool:
-            return self._seat is not seat or key[1] < self._version or key in self._known
+            return self._seat is not seat or self._is_past(key) or key in self._known
 
         def has_room() -> bool:
             held = self._bytes[direction]
@@ -204,7 +218,7 @@ class Inbox:
 
     def _put(self, seat: Seat, key: Key, item: Tensor, is_whole: bool) -> None:
         with self._changed:
-            if is_whole and self._seat is seat and key in self._known and key[1] >= self._version:
+            if is_whole and self._seat is seat and key in self._known and not self._is_past(key):
                 self._items[key] = item
             else:
                 self._known.discard(key)
@@ -232,14 +246,18 @@ class Inbox:
         if seat is None or number < seat.number:
             raise StaleError(f"plan {number} is past; {self._number} is the newest here")
         kind = header.kind
-        if kind not in (ACTIVATION, GRADIENT, VALIDATION):
-            raise MalformedError(f"transfer kind {kind} is unknown; expected 1 (activation), 2 (gradient) or 3 (validation)")
+        if kind not in (ACTIVATION, GRADIENT, VALIDATION, STANDING):
+            raise MalformedError(
+                f"transfer kind {kind} is unknown; expected 1 (activation), 2 (gradient), 3 (validation) or 4 (standing)"
+            )
         expected = seat.above if _direction(kind) == "above" else seat.below
-        if header.sender != expected:
+        if header.sender != expected and not (kind == STANDING and header.sender in (seat.above, seat.below)):
             raise MalformedError(f"{_name(header)} came from {header.sender}; expected {expected or 'nobody'} there")
         bound = seat.num_validations if kind == VALIDATION else seat.num_micro_batches
         if header.micro_batch >= bound:
             raise MalformedError(f"{_name(header)}: there are {bound}")
+        if kind == STANDING and header.HasField("slice"):
+            raise MalformedError(f"{_name(header)} brings values")
         if header.HasField("slice"):
             _check_piece(seat, request)
             if tuple(header.slice.shape) != seat.shape or header.slice.offset:
@@ -257,7 +275,7 @@ def _direction(kind: int) -> Direction:
 
 
 def _name(header: worker_pb2.TransferRequest) -> str:
-    names = {ACTIVATION: "activation", GRADIENT: "gradient", VALIDATION: "validation"}
+    names = {ACTIVATION: "activation", GRADIENT: "gradient", VALIDATION: "validation", STANDING: "standing"}
     return f"{names.get(header.kind, 'transfer')} {header.micro_batch} of step {header.step}"
 
 

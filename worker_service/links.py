@@ -1,6 +1,6 @@
 """The way to one neighbour: a long-lived stream that is opened again when it breaks.
 
-What was sent in the open step is kept, since nobody knows how much of a broken stream arrived; a new stream begins with all of
+What was sent in open steps is kept, since nobody knows how much of a broken stream arrived; a new stream begins with all of
 it, and the receiver skips what it has. In-flight activations follow the schedule, so this holds at most a step's tensors.
 """
 
@@ -49,9 +49,17 @@ class Route:
 class Link:
     """One direction to one neighbour in one replica. `send` never blocks."""
 
-    def __init__(self, route: Route, staging: Staging, on_broken: Callable[[Incarnation, str], None]) -> None:
-        """`on_broken` hears at once of a stream that broke, and why; not of every vain attempt to open it again."""
-        self._route, self._staging, self._on_broken = route, staging, on_broken
+    def __init__(
+        self,
+        route: Route,
+        staging: Staging,
+        on_broken: Callable[[Incarnation, str], None],
+        published: Callable[[], Version] = lambda: Version(0),
+    ) -> None:
+        """`on_broken` hears at once of a stream that broke, and why; not of every vain attempt to open it again. `published`: the
+        newest version that is known here, which the neighbour is told.
+        """
+        self._route, self._staging, self._on_broken, self._published = route, staging, on_broken, published
         self._changed = threading.Condition()
         self._items: list[_Item] = []  # of the open step, in order
         self._next = 0  # the first that the present stream has not begun
@@ -67,7 +75,7 @@ class Link:
             return sum(item.host.values.nbytes for item in self._items if item.host is not None)
 
     def begin(self, version: Version) -> None:
-        """What belongs to earlier steps need not arrive any more."""
+        """`version` is published: what belongs to earlier steps need not arrive any more."""
         with self._changed:
             gone = [item for item in self._items if item.version < version]
             self._next -= sum(item.version < version for item in self._items[: self._next])
@@ -145,6 +153,7 @@ class Link:
             step=item.version,
             micro_batch=MicroBatch(item.micro_batch),
             kind=worker_pb2.TransferKind.Name(item.kind),
+            published=self._published(),
         )
         if item.host is None:
             yield wire.Framed(header)

@@ -1,7 +1,7 @@
 """Gradient sums on their way to the shards, while the backward pass that makes the next ones goes on.
 
-What is not sent yet has a byte budget; a full queue blocks the backward pass. Every sum of the open step is kept until the next
-version is seen, since an answer promises nothing durable: whatever a shard may have lost is sent again.
+What is not sent yet has a byte budget; a full queue blocks the backward pass. Every sum is kept until its step is known to be
+closed, since an answer promises nothing durable: whatever a shard may have lost is sent again.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import grpc
 from shardlane import rpc, wire
 from shardlane.chunks import byte_view, dtype_to_wire
 from shardlane.errors import MalformedError
-from shardlane.ids import ChunkId, Incarnation, SiteIndex, Version
+from shardlane.ids import ChunkId, Incarnation, PlanNumber, SiteIndex, Version
 from shardlane.pb import ps_pb2, tensor_pb2
 from shardlane.plan import Plan
 from worker_service.attempt import Attempt
@@ -73,7 +73,7 @@ class Pusher:
         num_lanes: int,
         budget_bytes: int,
         offer: Callable[[Plan], None],
-        on_answers: Callable[[Version, tuple[Refusal, ...]], None],
+        on_answers: Callable[[tuple[Refusal, ...]], None],
         on_fault: Callable[[str], None],
         on_bytes: Callable[[int], None],
     ) -> None:
@@ -81,7 +81,6 @@ class Pusher:
         self._num_lanes, self._budget_bytes = num_lanes, budget_bytes
         self._offer, self._on_answers, self._on_fault, self._on_bytes = offer, on_answers, on_fault, on_bytes
         self._changed = threading.Condition()
-        self._version = Version(0)
         self._kept: dict[Key, Contribution] = {}
         self._unsent_bytes = 0  # of contributions that were never begun
         self._fresh: set[Key] = set()  # the same contributions
@@ -96,9 +95,15 @@ class Pusher:
                 threading.Thread(target=self._run, args=(shard,), name=f"push-{shard}", daemon=True).start()
 
     def reroute(self, plan: Plan) -> None:
-        """Whatever is kept of chunks that have another primary now goes there, sent before or not."""
+        """Whatever is kept of chunks that have another primary now goes there, sent before or not; and if a plan was missed, by
+        which they had another one for a while, everything.
+        """
         with self._changed:
-            moved = dict.fromkeys(key for key in self._kept if plan.placements[key.chunk].primary != self._primary(key))
+            before = self._plan.number
+            is_next = plan.number == PlanNumber(before.term, before.epoch + 1)
+            moved = dict.fromkeys(
+                key for key in self._kept if not is_next or plan.placements[key.chunk].primary != self._primary(key)
+            )
             gone = [self._queues.pop(shard) for shard in list(self._queues) if shard not in plan.shards]
             for queue in (*gone, *self._queues.values()):
                 queue.waiting = {key: None for key in queue.waiting if key not in moved}
@@ -119,10 +124,9 @@ class Pusher:
         return self._unsent_bytes
 
     def begin(self, version: Version) -> None:
-        """`version` is here: sums of earlier steps are not needed any more."""
+        """`version` is published: sums of earlier steps are not needed any more."""
         with self._changed:
-            self._forget()
-            self._version = version
+            self._forget(version)
 
     def put(self, contribution: Contribution, attempt: Attempt) -> None:
         """Blocks while the queue is full. Raises `Abandoned`."""
@@ -154,7 +158,7 @@ class Pusher:
     def close(self) -> None:
         with self._changed:
             self._closed = True
-            self._forget()
+            self._forget(None)
             calls = [queue.call for queue in self._queues.values() if queue.call is not None]
             self._changed.notify_all()
         for call in calls:
@@ -167,14 +171,17 @@ class Pusher:
         self._queues[self._primary(key)].waiting[key] = None
         self._changed.notify_all()
 
-    def _forget(self) -> None:
+    def _forget(self, before: Version | None) -> None:
+        """The sums of steps below `before`; None: all."""
+        gone = {key: each for key, each in self._kept.items() if before is None or key.step < before}
         for queue in self._queues.values():
-            queue.waiting.clear()
-        for host in {id(each.host): each.host for each in self._kept.values()}.values():
+            queue.waiting = {key: None for key in queue.waiting if key not in gone}
+        for host in {id(each.host): each.host for each in gone.values()}.values():
             self._staging.release(host)
-        self._kept.clear()
-        self._fresh.clear()
-        self._unsent_bytes = 0
+        self._unsent_bytes -= sum(each.num_bytes for key, each in gone.items() if key in self._fresh)
+        self._fresh.difference_update(gone)
+        for key in gone:
+            del self._kept[key]
         self._changed.notify_all()
 
     # ---- one thread and one stream at a time a shard -------------------------------------------------------------------
@@ -192,10 +199,9 @@ class Pusher:
                 self._changed.wait_for(lambda: is_closed() or bool(queue.waiting))
                 if is_closed():
                     return
-                version = self._version
             sent: list[Key] = []
             try:
-                call = self._client_of(shard).Push.future(self._pieces(queue, version, sent), timeout=CALL_SECONDS)
+                call = self._client_of(shard).Push.future(self._pieces(queue, sent), timeout=CALL_SECONDS)
                 with self._changed:
                     queue.call = call
                 refusals = self._read(call.result())
@@ -203,44 +209,43 @@ class Pusher:
                 if isinstance(error, MalformedError) or _is_refusal(error):
                     self._on_fault(f"{shard}: {error}")
                 with self._changed:
-                    if version == self._version:
-                        unsure = [key for key in sent if key in self._kept and self._primary(key) == shard]
-                        queue.waiting = {**dict.fromkeys(unsure), **queue.waiting}
+                    unsure = [key for key in sent if key in self._kept and self._primary(key) == shard]
+                    queue.waiting = {**dict.fromkeys(unsure), **queue.waiting}
                 refused = True
                 continue
             refused = bool(refusals)
             if refusals:
-                self._on_answers(version, refusals)
+                self._on_answers(refusals)
 
-    def _pieces(self, queue: _Queue, version: Version, sent: list[Key]) -> Iterator[wire.Framed[ps_pb2.PushRequest]]:
+    def _pieces(self, queue: _Queue, sent: list[Key]) -> Iterator[wire.Framed[ps_pb2.PushRequest]]:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._is_over(queue, version) or bool(queue.waiting), LINGER_SECONDS)
-                if self._is_over(queue, version) or not queue.waiting:
+                self._changed.wait_for(lambda: self._is_over(queue) or bool(queue.waiting), LINGER_SECONDS)
+                if self._is_over(queue) or not queue.waiting:
                     return
                 key = next(iter(queue.waiting))
                 del queue.waiting[key]
                 contribution = self._kept[key]
                 sent.append(key)
-            yield from self._contribution_pieces(contribution, version)
+            yield from self._contribution_pieces(contribution)
             self._on_bytes(contribution.num_bytes)
             with self._changed:
-                if key in self._fresh and self._version == version:
+                if key in self._fresh:
                     self._fresh.discard(key)
                     self._unsent_bytes -= contribution.num_bytes
                     self._changed.notify_all()
 
-    def _is_over(self, queue: _Queue, version: Version) -> bool:
-        return self._closed or queue.closed or self._version != version
+    def _is_over(self, queue: _Queue) -> bool:
+        return self._closed or queue.closed
 
-    def _contribution_pieces(self, contribution: Contribution, version: Version) -> Iterator[wire.Framed[ps_pb2.PushRequest]]:
+    def _contribution_pieces(self, contribution: Contribution) -> Iterator[wire.Framed[ps_pb2.PushRequest]]:
         host, key = contribution.host, contribution.key
         if host.wait is not None:
             host.wait()
         header = ps_pb2.PushRequest(
             run_id=self._plan.run_id,
             timeline=self._plan.timeline.id,
-            step=version,
+            step=key.step,
             block=wire.block_to_wire(key.block),
             site=key.site,
             chunk=key.chunk,
@@ -260,7 +265,12 @@ class Pusher:
             self._offer(wire.plan_from_wire(response.plan))
         return tuple(
             Refusal(
-                Key(ChunkId(each.chunk), SiteIndex(each.site), wire.block_from_wire(each.block, self._num_lanes)),
+                Key(
+                    Version(each.step),
+                    ChunkId(each.chunk),
+                    SiteIndex(each.site),
+                    wire.block_from_wire(each.block, self._num_lanes),
+                ),
                 _OUTCOMES.get(each.outcome, "stale"),
                 tuple(wire.block_from_wire(block, self._num_lanes) for block in each.missing),
             )

@@ -27,9 +27,9 @@ from shardlane.plan import Plan
 from shardlane.top_k import Residuals
 from worker_service import inbox as inboxes
 from worker_service.attempt import Attempt
-from worker_service.core.events import Key, Refusal
+from worker_service.core.events import Key, Pull, Refusal
 from worker_service.core.schedule import Backward, Forward, Weights, schedule
-from worker_service.inbox import ACTIVATION, GRADIENT, VALIDATION, Inbox, StepClosed
+from worker_service.inbox import ACTIVATION, GRADIENT, STANDING, VALIDATION, Inbox, StepClosed
 from worker_service.instruments import WorkerInstruments
 from worker_service.links import Link, Route
 from worker_service.pulls import SHARD, Puller
@@ -53,7 +53,7 @@ class Surroundings:
     tokens: Callable[[], TokenFolder]  # opened by the first and the last stage only
     report_validation: Callable[[Version, int, float, int], None]
     offer: Callable[[Plan], None]
-    on_answers: Callable[[Version, tuple[Refusal, ...]], None]
+    on_answers: Callable[[tuple[Refusal, ...]], None]
     on_pull_ended: Callable[[Incarnation], None]
     on_broken: Callable[[Incarnation, str], None]
     on_fault: Callable[[str], None]
@@ -79,7 +79,8 @@ class Seat:
         self.compute = compute
         self._tokens = around.tokens() if layers.is_first or layers.is_last else None
         self._attempt = Attempt()
-        self._version: Version | None = None  # that gradients are computed from
+        self._step = Version(0)  # that is computed
+        self._published = Version(0)  # the newest version that is known to be
         self._channels: dict[Incarnation, grpc.Channel] = {}
         self._clients: dict[Incarnation, rpc.Client] = {}
         self._connect_shards()
@@ -155,7 +156,7 @@ class Seat:
         if worker is None:
             return None
         route = Route(around.run_id, around.me, worker, self._plan.addresses[worker], self._formed, shape)
-        return Link(route, around.staging, around.on_broken)
+        return Link(route, around.staging, around.on_broken, lambda: self.published)
 
     @property
     def push_queue_bytes(self) -> int:
@@ -175,32 +176,41 @@ class Seat:
     def ask(self, version: Version) -> None:
         self._puller.ask(version)
 
-    def pull(self, version: Version, attempt: Attempt) -> None:
+    def pull(self, pull: Pull, attempt: Attempt) -> None:
         """Raises `Superseded`, `Abandoned`."""
         with self._around.instruments.waiting("pull_wait"):
-            self._puller.take(version, attempt)
-        self._pusher.begin(version)
-        self._around.inbox.begin(version)
+            self._puller.take(pull.version, attempt)
+        self._published = pull.published
+        self._pusher.begin(pull.published)
+        self._around.inbox.begin(pull.step, pull.version, pull.published)
+        is_ahead = self._around.config.train.staleness and pull.published >= pull.step
         for link in (self._above, self._below):
             if link is not None:
-                link.begin(version)
+                link.begin(pull.published)
+                if is_ahead:  # a neighbour may be at work on a step that is closed, and wait for what will never be sent
+                    link.send(STANDING, pull.published, 0)
+
+    @property
+    def published(self) -> Version:
+        """The newest version that is known here."""
+        return max(self._published, self._puller.published)
 
     # ---- computing -----------------------------------------------------------------------------------------------------
 
-    def run(self, version: Version, blocks: Sequence[Block], attempt: Attempt) -> float | None:
+    def run(self, step: Version, blocks: Sequence[Block], attempt: Attempt) -> float | None:
         """Computes and pushes the lanes of `blocks`. In a last stage the mean loss a token. Raises `Abandoned`.
 
         Ends early if the next version is published before neighbours have sent all: the lanes were counted already, and who has
         seen that is gone on without sending the rest.
         """
-        self._attempt, self._version, config = attempt, version, self._around.config
+        self._attempt, self._step, config = attempt, step, self._around.config
         with self._around.instruments.computing(), suppress(StepClosed):
-            if config.communication.push != "fp32" or config.train.local_steps > 1:
-                blocks = [lane(each) for block in blocks for each in block.lanes]  # both are a lane's own
+            if config.goes_by_lanes:
+                blocks = [lane(each) for block in blocks for each in block.lanes]
             try:
                 for micro_batches in self.compute.begin(blocks):
-                    self._flush(version, micro_batches)
-                    self.compute.end_flush(version)
+                    self._flush(step, micro_batches)
+                    self.compute.end_flush(step)
             finally:
                 self.compute.end()
             num_tokens = sum(self._tokens_of(block) for block in blocks)
@@ -292,7 +302,7 @@ class Seat:
         host = self._around.staging.to_host(total) if codec is None else None
         tokens = self._tokens_of(block)
         for item in self._items[parameter]:
-            chunk, key = item.chunk, Key(item.chunk.id, item.site, block)
+            chunk, key = item.chunk, Key(self._step, item.chunk.id, item.site, block)
             loss = self.compute.loss(block) if chunk.id == self._around.layout.loss_chunk else 0.0
             self._around.instruments.gradient_bytes.inc(chunk.num_bytes)
             if codec is None:
@@ -305,10 +315,9 @@ class Seat:
                 self._pusher.put(contribution, self._attempt)
 
     def _encoded(self, codec: Codec, key: Key, tokens: int, loss: float, values: Tensor) -> Contribution:
-        assert self._version is not None
         seed, index = self._around.config.train.seed, key.block.lanes[0]
-        nonce = nonce_of(seed=seed, step=self._version, lane=index, site=key.site, chunk=key.chunk)
-        encoded = self._around.residuals.encode(codec, (index, key.site, key.chunk), self._version, values, nonce)
+        nonce = nonce_of(seed=seed, step=self._step, lane=index, site=key.site, chunk=key.chunk)
+        encoded = self._around.residuals.encode(codec, (index, key.site, key.chunk), self._step, values, nonce)
         if encoded.overflowed:
             self._around.instruments.rescaled_chunks.inc()
         host = self._around.staging.to_host(encoded.data)

@@ -72,13 +72,13 @@ class WorkerService:
         self.instruments = WorkerInstruments(self.metrics)
         self._staging = Staging(self._device)
         self.stepper = Stepper(self.me, run.config)
-        self._log = logger(role="worker", run=run.run_id, rank=self.me, step=lambda: self.stepper.version, epoch=self._epoch)
+        self._log = logger(role="worker", run=run.run_id, rank=self.me, step=lambda: self.stepper.step, epoch=self._epoch)
         self.inbox = Inbox(
             self.me,
             run.run_id,
             run.config.transport.inbox_bytes,
             self._staging.pool,
-            on_ahead=lambda version: self._post(events.PeerAhead(version)),
+            on_ahead=lambda version, formed: self._post(events.PeerAhead(version, formed)),
             on_reseated=lambda formed: self._post(events.PeerReseated(formed)),
             on_lane=self._on_lane,
         )
@@ -129,7 +129,7 @@ class WorkerService:
             tokens=lambda: self._tokens,
             report_validation=self._membership.report_validation,
             offer=self._membership.offer,
-            on_answers=lambda version, refusals: self._post(events.Answered(version, refusals)),
+            on_answers=lambda refusals: self._post(events.Answered(refusals)),
             on_pull_ended=lambda shard: self._post(events.PullEnded(shard)),
             on_broken=self._on_broken,
             on_fault=lambda fault: self._log.error("a peer is at fault, or this worker", fault=fault),
@@ -158,7 +158,7 @@ class WorkerService:
     def leave(self, timeout_seconds: float) -> None:
         """Works on until others have its lanes."""
         if not self._membership.leave(timeout_seconds):
-            self._log.warning("leaving before others have taken over", version=self.stepper.version)
+            self._log.warning("leaving before others have taken over", version=self.stepper.step)
 
     def stop(self) -> None:
         if self._ended.is_set():
@@ -184,7 +184,7 @@ class WorkerService:
         with self._changed:
             for effect in self.stepper.handle(event):
                 self._do(effect)
-            self.instruments.version.set(self.stepper.version)
+            self.instruments.version.set(self.stepper.step)
             self._changed.notify_all()
 
     def _do(self, effect: events.Effect) -> None:
@@ -229,8 +229,8 @@ class WorkerService:
         self._log.warning("stream broke; opening it again", neighbour=neighbour, reason=reason)
 
     def _beat(self) -> Beat:
-        plan, version = self.stepper.plan, self.stepper.version
-        activity = f"{self.stepper.phase} at version {version}"
+        plan, version = self.stepper.plan, self.stepper.step
+        activity = f"{self.stepper.phase} at step {version}"
         return Beat(plan.number if plan else None, version, activity=activity, lane_seconds=self._pace.lane_seconds)
 
     def _epoch(self) -> str | None:
@@ -272,15 +272,15 @@ class WorkerService:
                 self._post(events.Validated(work.attempt))
             case events.Run():
                 began = self.instruments.computed_seconds
-                loss = seat.run(work.version, work.blocks, attempt)
+                loss = seat.run(work.step, work.blocks, attempt)
                 self._pace.add(self.instruments.computed_seconds - began, sum(block.size for block in work.blocks))
                 if loss is not None and not work.again:
                     self.instruments.loss.set(loss)
-                self._post(events.Ran(work.attempt))
+                self._post(events.Ran(work.attempt, seat.published))
 
     def _pull(self, seat: Seat, work: events.Pull, attempt: Attempt) -> None:
         try:
-            seat.pull(work.version, attempt)
+            seat.pull(work, attempt)
         except Superseded as superseded:
             self._post(events.Superseded(work.attempt, superseded.now))
             return

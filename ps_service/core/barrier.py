@@ -32,6 +32,9 @@ class Barrier:
     def fresh(cls, num_lanes: int, num_sites: int) -> Barrier:
         return cls(num_lanes, [SiteTable() for _ in range(num_sites)])
 
+    def anew(self) -> Barrier:
+        return Barrier.fresh(self.num_lanes, len(self.sites))
+
     @property
     def complete(self) -> bool:
         return all(table.counted == (1 << self.num_lanes) - 1 for table in self.sites)
@@ -63,13 +66,13 @@ class Barrier:
     def count(self, contribution: Contribution) -> list[Effect]:
         """Counts a contribution that `judge` has found wholly new."""
         table = self.sites[contribution.site]
-        block, chunk, site = contribution.block, contribution.chunk, contribution.site
+        block, step, chunk, site = contribution.block, contribution.step, contribution.chunk, contribution.site
         table.counted |= block.mask
         table.tokens += contribution.tokens
         table.losses[block] = contribution.loss
         table.added.append(block)
-        effects: list[Effect] = [Keep(chunk, site, block)]
+        effects: list[Effect] = [Keep(step, chunk, site, block)]
         for left, right in join_upwards(table.partials, block, self.num_lanes):
             table.losses[left.parent] = table.losses.pop(left) + table.losses.pop(right)
-            effects.append(Join(chunk, site, left, right))
+            effects.append(Join(step, chunk, site, left, right))
         return effects

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from ps_service.core.barrier import Barrier
-from ps_service.core.messages import Record
-from shardlane.ids import ChunkId, Incarnation, Version
+from ps_service.core.messages import Answer, Contribution, Effect, Outcome, Record
+from shardlane.ids import ChunkId, Incarnation, Step, Version
 from shardlane.plan import Placement
 
 REFILLS_AT_ONCE = 4
@@ -24,6 +24,42 @@ class HeldChunk:
     closed: Record | None = None  # the sum of step `version` is held, and this is its record
     acks: set[Incarnation] = field(default_factory=set)  # holders that have the sum too, in the present epoch
     awaited: set[Incarnation] = field(default_factory=set)  # learners whose acks count before a plan lists them (12)
+    ahead: dict[Step, Barrier] = field(default_factory=dict)  # of later steps, for which lanes are in already
+    early: Incarnation | None = None  # whose sum of the next step came before this one was applied
+
+    def judge(self, contribution: Contribution, *, last: int) -> Answer:
+        """2. `last`: the newest step that is taken in."""
+        step = contribution.step
+        if step < self.version:
+            return Answer(Outcome.DUPLICATE)  # counted in a step that closed long ago
+        if step > last:
+            return Answer(Outcome.NOT_YET)
+        if step == int(self.version) and (self.closed is not None or self.measuring):
+            return Answer(Outcome.DUPLICATE)
+        return self._barrier_of(step).judge(contribution.site, contribution.block)
+
+    def count(self, contribution: Contribution) -> list[Effect]:
+        """2. Of one that `judge` has found wholly new."""
+        return self._barrier_of(contribution.step).count(contribution)
+
+    def _barrier_of(self, step: Step) -> Barrier:
+        if step == int(self.version):
+            return self.barrier
+        if step not in self.ahead:
+            self.ahead[step] = self.barrier.anew()
+        return self.ahead[step]
+
+    def begin(self) -> None:
+        """The step of `version` and those after it begin anew: nothing is counted."""
+        self.barrier = self.barrier.anew()
+        self.ahead.clear()
+
+    def advance(self) -> None:
+        """8. The step of `version` is applied."""
+        self.version = Version(self.version + 1)
+        self.closed = None
+        self.acks.clear()
+        self.barrier = self.ahead.pop(Step(self.version)) if Step(self.version) in self.ahead else self.barrier.anew()
 
 
 class Filling:

@@ -63,7 +63,7 @@ class Refill:
 
 @dataclass(frozen=True, slots=True)
 class Position:
-    """Where a learner stands with a chunk."""
+    """Where a learner stands with a chunk; or an in-sync backup, to which a sum came before it could take it."""
 
     chunk: ChunkId
     version: Version
@@ -121,6 +121,7 @@ class Contribution:
 class Keep:
     """Keep the contribution's values as the partial sum of `block`."""
 
+    step: Step
     chunk: ChunkId
     site: SiteIndex
     block: Block
@@ -130,6 +131,7 @@ class Keep:
 class Join:
     """left += right; the result is the partial sum of their parent block."""
 
+    step: Step
     chunk: ChunkId
     site: SiteIndex
     left: Block

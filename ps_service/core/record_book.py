@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from ps_service.core.messages import Decision, Record
 from shardlane.ids import ChunkId, Incarnation, Step, Version
@@ -62,6 +62,15 @@ class RecordBook:
                 return None
             self.decided[step] = self._decide(step, [known[ChunkId(chunk)] for chunk in range(self._num_chunks)])
         return self.decided[step]
+
+    def checkpoints_due(self, versions: Mapping[ChunkId, Version]) -> dict[Version, list[ChunkId]]:
+        """Of chunks and the versions where they stand, those that are to be written now."""
+        due: dict[Version, list[ChunkId]] = {}
+        for chunk, version in versions.items():
+            decision = self.decision(Step(version - 1))
+            if decision is not None and decision.checkpoint:
+                due.setdefault(version, []).append(chunk)
+        return due
 
     def delivered(self, to: Incarnation, records: Iterable[Record]) -> None:
         self._delivered |= {(to, record.step, record.chunk) for record in records}

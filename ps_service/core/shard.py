@@ -27,8 +27,11 @@ COMPARED_EVERY_STEPS = 16  # each chunk's copies, a part of the chunks at a time
 class ShardCore:
     """One shard. `plan` is None until the first one comes."""
 
-    def __init__(self, me: Incarnation, *, num_sites: Sequence[int], num_lanes: int, last_version: int, decide: Decide) -> None:
-        """`num_sites[c]`: sites of chunk c. `decide` gets the step and its records in chunk order."""
+    def __init__(
+        self, me: Incarnation, *, num_sites: Sequence[int], num_lanes: int, last_version: int, decide: Decide, staleness: int = 0
+    ) -> None:
+        """`num_sites[c]`: sites of chunk c. `decide` gets the step and its records in chunk order. `staleness`: steps after the
+        open one for which lanes are taken in already."""
         self.me = me
         self.plan: Plan | None = None
         self.chunks: dict[ChunkId, HeldChunk] = {}
@@ -36,7 +39,7 @@ class ShardCore:
         self.last_version = self.end_version = last_version  # no step from `end_version` on; a stop brings it forward
         self.diverged: set[ChunkId] = set()  # whose copies here were found wrong under the present plan
         self.requests = 0  # REQUEST_* bits for the next record that closes here
-        self._num_sites, self._num_lanes = num_sites, num_lanes
+        self._num_sites, self._num_lanes, self._staleness = num_sites, num_lanes, staleness
         self._filling = Filling()
 
     # ---- what a shell may ask ------------------------------------------------------------------------------------------
@@ -65,13 +68,7 @@ class ShardCore:
         if contribution.timeline != self.plan.timeline.id:
             return Answer(Outcome.STALE)
         held = self.chunks[contribution.chunk]
-        if contribution.step < held.version:
-            return Answer(Outcome.DUPLICATE)  # counted in a step that closed long ago
-        if contribution.step > held.version or held.version >= self.end_version:
-            return Answer(Outcome.NOT_YET)
-        if held.closed is not None or held.measuring:
-            return Answer(Outcome.DUPLICATE)
-        return held.barrier.judge(contribution.site, contribution.block)
+        return held.judge(contribution, last=min(held.version + self._staleness, self.end_version - 1))
 
     # ---- events --------------------------------------------------------------------------------------------------------
 
@@ -81,11 +78,15 @@ class ShardCore:
         if answer.outcome is not Outcome.COUNTED:
             return answer, []
         held = self.chunks[contribution.chunk]
-        effects = held.barrier.count(contribution)
-        if held.barrier.complete:
-            held.measuring = True
-            effects.append(Close(contribution.chunk, Step(held.version)))
-        return answer, effects
+        return answer, [*held.count(contribution), *self._close(contribution.chunk)]
+
+    def _close(self, chunk: ChunkId) -> list[Effect]:
+        """2. If every lane of the open step is in."""
+        held = self.chunks[chunk]
+        if not held.barrier.complete or held.closed or held.measuring or held.version >= self.end_version:
+            return []
+        held.measuring = True
+        return [Close(chunk, Step(held.version))]
 
     def on_measured(self, chunk: ChunkId, *, square_norm: float, digest: int) -> list[Effect]:
         """3. The sum has been taken: from now on sum, table and record are one unit."""
@@ -173,40 +174,33 @@ class ShardCore:
         if not stays_with(self.me, now, before):
             del self.chunks[chunk]
             return [Forget(chunk)]
-        held.acks, held.awaited = set(), set()  # acks count in their own epoch only
+        held.acks, held.awaited, held.early = set(), set(), None  # acks count in their own epoch only
         if now.primary == self.me and before is not None and before.primary == self.me:
             return []  # what was counted here stays counted
-        if held.closed is None:
-            held.barrier = self._fresh_barrier(chunk)
-        effects: list[Effect] = [DropSums(chunk, keep_closed=held.closed is not None)]
-        if now.primary == self.me:
-            effects.append(Publish(chunk, held.version))  # pulls come here from now on
-        return effects
+        held.begin()
+        publish = [Publish(chunk, held.version)] if now.primary == self.me else []  # pulls come here from now on
+        return [DropSums(chunk, keep_closed=held.closed is not None), *publish]
 
     def _checkpoint_taken_over(self, old: Plan | None) -> list[Effect]:
         """Who was primary of a chunk may have died before it wrote the version that was to be checkpointed."""
-        found: dict[Version, list[ChunkId]] = {}
-        for chunk, held in self.chunks.items():
-            is_new = self.is_primary(chunk) and old is not None and old.placements[chunk].primary != self.me
-            decision = self.book.decision(Step(held.version - 1)) if is_new else None
-            if decision is not None and decision.checkpoint:
-                found.setdefault(held.version, []).append(chunk)
-        return [Checkpoint(version, tuple(chunks)) for version, chunks in found.items()]
+        taken = [each for each in self.chunks if self.is_primary(each) and old and old.placements[each].primary != self.me]
+        due = self.book.checkpoints_due({chunk: self.chunks[chunk].version for chunk in taken})
+        return [Checkpoint(version, tuple(chunks)) for version, chunks in due.items()]
 
     def _load(self, plan: Plan, chunks: list[ChunkId], *, begins: bool) -> list[Effect]:
         if not begins:
             return [Alarm(f"plan {plan.number} lists {self.me} in sync for {len(chunks)} chunks that it does not hold")]
         version = plan.timeline.version
         for chunk in chunks:
-            self.chunks[chunk] = HeldChunk(version, self._fresh_barrier(chunk))
+            self.chunks[chunk] = self._hold(chunk, version)
         return [Load(plan.timeline, tuple(chunks)), *(Publish(chunk, version) for chunk in chunks if self.is_primary(chunk))]
 
-    def _fresh_barrier(self, chunk: ChunkId) -> Barrier:
-        return Barrier.fresh(self._num_lanes, self._num_sites[chunk])
+    def _hold(self, chunk: ChunkId, version: Version, closed: Record | None = None) -> HeldChunk:
+        return HeldChunk(version, Barrier.fresh(self._num_lanes, self._num_sites[chunk]), closed=closed)
 
     # ---- replication ---------------------------------------------------------------------------------------------------
 
-    def _replicate(self, chunk: ChunkId, again: bool = False) -> list[Effect]:
+    def _replicate(self, chunk: ChunkId, again: bool = False) -> list[Send]:
         """4. The sum goes to all who must hold it, and to a learner behind its refill, so that it keeps up; what is sent again
         brings the records of the step before with it."""
         assert self.plan is not None
@@ -237,11 +231,14 @@ class ShardCore:
             raise StaleError(f"{sender} is not primary of chunk {chunk} for {self.me} in plan {self.plan.number}")
         effects = self._learn(message.previous)
         held = self.chunks.get(chunk)
-        if held is None or held.version < int(step):
+        if held is None:
+            return effects
+        if held.version < int(step):
+            held.early = sender
             return effects + self._tell_position(chunk)  # not there yet: no ack; the primary asks again
         if held.version == int(step) and held.closed != message.record:
             held.closed = message.record  # replaces any sum that was not decided on
-            held.barrier = self._fresh_barrier(chunk)
+            held.begin()
             effects += [DropSums(chunk, keep_closed=False), KeepSum(chunk)]
         if held.version == int(step) and message.parameters_digest:
             return [*effects, Compare(chunk, sender, message.parameters_digest)]
@@ -281,7 +278,7 @@ class ShardCore:
         held = self.chunks.get(chunk)
         effects: list[Effect] = []
         if held is None or (held.version, held.closed is not None) < (message.version, message.closed is not None):
-            self.chunks[chunk] = HeldChunk(message.version, self._fresh_barrier(chunk), closed=message.closed)
+            self.chunks[chunk] = self._hold(chunk, message.version, message.closed)
             effects.append(KeepState(chunk, message.version, with_sum=message.closed is not None))
         return effects + self._learn(message.previous, [chunk]) + self._tell_position(chunk)
 
@@ -298,7 +295,11 @@ class ShardCore:
         """12. A learner that stands where the primary stands is waited for from now on, and only then asked to be listed."""
         assert self.plan is not None
         held = self.chunks.get(message.chunk)
-        if held is None or not self.is_primary(message.chunk) or self.plan.placements[message.chunk].learner != sender:
+        if held is None or not self.is_primary(message.chunk):
+            return []
+        if sender in self.plan.placements[message.chunk].in_sync:
+            return [each for each in self._replicate(message.chunk) if each.to == sender and message.version == held.version]
+        if self.plan.placements[message.chunk].learner != sender:
             return []
         if (held.version, held.closed is not None) == (message.version, message.closed):
             self._filling.done(message.chunk)
@@ -361,23 +362,22 @@ class ShardCore:
                 continue
             if held.closed.digest != self.book.of(step)[chunk].digest:
                 held.closed = None  # a deposed primary's own sum: another one was decided on
-                held.barrier = self._fresh_barrier(chunk)
+                held.begin()
                 effects.append(DropSums(chunk, keep_closed=False))
                 continue
             applied.append(chunk)
             effects += self._apply(chunk, held, decision)
-        return effects + self._after_apply(step, decision, applied)
+        effects += self._after_apply(step, decision, applied)
+        return effects + [each for chunk in applied for each in self._close(chunk)]  # its lanes were all ahead
 
     def _apply(self, chunk: ChunkId, held: HeldChunk, decision: Decision) -> list[Effect]:
         step = Step(held.version)
         scale = None if decision.skipped else decision.scale
-        held.version = Version(step + 1)
-        held.closed = None
-        held.acks.clear()
-        held.barrier = self._fresh_barrier(chunk)
-        effects: list[Effect] = [Apply(chunk, step, scale, decision.learning_rate)]
-        if self.is_primary(chunk):
-            effects.append(Publish(chunk, held.version))
+        held.advance()
+        publish = [Publish(chunk, held.version)] if self.is_primary(chunk) else []
+        effects: list[Effect] = [Apply(chunk, step, scale, decision.learning_rate), *publish]
+        asks, held.early = held.early, None
+        effects += [self._send(asks, Position(chunk, held.version, closed=False))] if asks else []
         return effects + self._tell_position(chunk)
 
     def _after_apply(self, step: Step, decision: Decision, applied: list[ChunkId]) -> list[Effect]:

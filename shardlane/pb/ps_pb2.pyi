@@ -85,18 +85,20 @@ class PushRequest(_message.Message):
     def __init__(self, run_id: _Optional[str] = ..., timeline: _Optional[int] = ..., step: _Optional[int] = ..., block: _Optional[_Union[_tensor_pb2.Block, _Mapping]] = ..., site: _Optional[int] = ..., chunk: _Optional[int] = ..., tokens: _Optional[int] = ..., loss: _Optional[float] = ..., slice: _Optional[_Union[_tensor_pb2.Slice, _Mapping]] = ..., codec: _Optional[_Union[Codec, str]] = ..., payload: _Optional[bytes] = ...) -> None: ...
 
 class PushAnswer(_message.Message):
-    __slots__ = ("chunk", "site", "block", "outcome", "missing")
+    __slots__ = ("chunk", "site", "block", "outcome", "missing", "step")
     CHUNK_FIELD_NUMBER: _ClassVar[int]
     SITE_FIELD_NUMBER: _ClassVar[int]
     BLOCK_FIELD_NUMBER: _ClassVar[int]
     OUTCOME_FIELD_NUMBER: _ClassVar[int]
     MISSING_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
     chunk: int
     site: int
     block: _tensor_pb2.Block
     outcome: PushOutcome
     missing: _containers.RepeatedCompositeFieldContainer[_tensor_pb2.Block]
-    def __init__(self, chunk: _Optional[int] = ..., site: _Optional[int] = ..., block: _Optional[_Union[_tensor_pb2.Block, _Mapping]] = ..., outcome: _Optional[_Union[PushOutcome, str]] = ..., missing: _Optional[_Iterable[_Union[_tensor_pb2.Block, _Mapping]]] = ...) -> None: ...
+    step: int
+    def __init__(self, chunk: _Optional[int] = ..., site: _Optional[int] = ..., block: _Optional[_Union[_tensor_pb2.Block, _Mapping]] = ..., outcome: _Optional[_Union[PushOutcome, str]] = ..., missing: _Optional[_Iterable[_Union[_tensor_pb2.Block, _Mapping]]] = ..., step: _Optional[int] = ...) -> None: ...
 
 class PushResponse(_message.Message):
     __slots__ = ("num_counted", "num_duplicate", "refused", "plan")

@@ -25,19 +25,19 @@ _sym_db = _symbol_database.Default()
 from shardlane.pb import tensor_pb2 as shardlane_dot_pb_dot_tensor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19shardlane/pb/worker.proto\x12\x13shardlane.worker.v1\x1a\x19shardlane/pb/tensor.proto\"\x82\x02\n\x0fTransferRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x0e\n\x06sender\x18\x02 \x01(\t\x12\x10\n\x08receiver\x18\x03 \x01(\t\x12-\n\x04plan\x18\x04 \x01(\x0b\x32\x1f.shardlane.tensor.v1.PlanNumber\x12\x0c\n\x04step\x18\x05 \x01(\x04\x12\x13\n\x0bmicro_batch\x18\x06 \x01(\r\x12/\n\x04kind\x18\x07 \x01(\x0e\x32!.shardlane.worker.v1.TransferKind\x12)\n\x05slice\x18\x08 \x01(\x0b\x32\x1a.shardlane.tensor.v1.Slice\x12\x0f\n\x07payload\x18\x0f \x01(\x0c\"\x12\n\x10TransferResponse*\x85\x01\n\x0cTransferKind\x12\x1d\n\x19TRANSFER_KIND_UNSPECIFIED\x10\x00\x12\x1c\n\x18TRANSFER_KIND_ACTIVATION\x10\x01\x12\x1a\n\x16TRANSFER_KIND_GRADIENT\x10\x02\x12\x1c\n\x18TRANSFER_KIND_VALIDATION\x10\x03\x32k\n\x0ePipelineWorker\x12Y\n\x08Transfer\x12$.shardlane.worker.v1.TransferRequest\x1a%.shardlane.worker.v1.TransferResponse(\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19shardlane/pb/worker.proto\x12\x13shardlane.worker.v1\x1a\x19shardlane/pb/tensor.proto\"\x95\x02\n\x0fTransferRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x0e\n\x06sender\x18\x02 \x01(\t\x12\x10\n\x08receiver\x18\x03 \x01(\t\x12-\n\x04plan\x18\x04 \x01(\x0b\x32\x1f.shardlane.tensor.v1.PlanNumber\x12\x0c\n\x04step\x18\x05 \x01(\x04\x12\x13\n\x0bmicro_batch\x18\x06 \x01(\r\x12/\n\x04kind\x18\x07 \x01(\x0e\x32!.shardlane.worker.v1.TransferKind\x12)\n\x05slice\x18\x08 \x01(\x0b\x32\x1a.shardlane.tensor.v1.Slice\x12\x11\n\tpublished\x18\t \x01(\x04\x12\x0f\n\x07payload\x18\x0f \x01(\x0c\"\x12\n\x10TransferResponse*\xa1\x01\n\x0cTransferKind\x12\x1d\n\x19TRANSFER_KIND_UNSPECIFIED\x10\x00\x12\x1c\n\x18TRANSFER_KIND_ACTIVATION\x10\x01\x12\x1a\n\x16TRANSFER_KIND_GRADIENT\x10\x02\x12\x1c\n\x18TRANSFER_KIND_VALIDATION\x10\x03\x12\x1a\n\x16TRANSFER_KIND_STANDING\x10\x04\x32k\n\x0ePipelineWorker\x12Y\n\x08Transfer\x12$.shardlane.worker.v1.TransferRequest\x1a%.shardlane.worker.v1.TransferResponse(\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'shardlane.pb.worker_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_TRANSFERKIND']._serialized_start=359
-  _globals['_TRANSFERKIND']._serialized_end=492
+  _globals['_TRANSFERKIND']._serialized_start=378
+  _globals['_TRANSFERKIND']._serialized_end=539
   _globals['_TRANSFERREQUEST']._serialized_start=78
-  _globals['_TRANSFERREQUEST']._serialized_end=336
-  _globals['_TRANSFERRESPONSE']._serialized_start=338
-  _globals['_TRANSFERRESPONSE']._serialized_end=356
-  _globals['_PIPELINEWORKER']._serialized_start=494
-  _globals['_PIPELINEWORKER']._serialized_end=601
+  _globals['_TRANSFERREQUEST']._serialized_end=355
+  _globals['_TRANSFERRESPONSE']._serialized_start=357
+  _globals['_TRANSFERRESPONSE']._serialized_end=375
+  _globals['_PIPELINEWORKER']._serialized_start=541
+  _globals['_PIPELINEWORKER']._serialized_end=648
 # @@protoc_insertion_point(module_scope)

@@ -53,6 +53,12 @@ def test_local_steps_and_what_is_rounded_by_chance_come_out_alike_again(tmp_path
     assert_nothing_was_lost(tmp_path, figures, groups=[f"{place}, kill" for place in PLACES], each=1)
 
 
+@pytest.mark.timeout(RUN_SECONDS_MAX)
+def test_kills_with_several_steps_open_cost_no_step_and_no_bit(tmp_path: Path) -> None:
+    figures = chaos(tmp_path, *SHAPE, "1", "--faults", "1", "--train.consistency", "ssp", "--train.staleness", "1")
+    assert_nothing_was_lost(tmp_path, figures, groups=[f"{place}, kill" for place in PLACES], each=1)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(RUN_SECONDS_MAX)
 @pytest.mark.parametrize("kind", ["stop", "half-open"])

@@ -96,6 +96,27 @@ def test_every_codec_is_as_exact_as_the_reference(truth: Truth, tmp_path: Path, 
         assert comparable(rows_of(tmp_path / name)) == comparable(rows)
 
 
+@pytest.mark.parametrize(("staleness", "codec"), [(1, "fp32"), (2, "int8_stochastic"), (7, "fp32")])
+def test_steps_from_older_versions_are_as_exact_as_the_reference(
+    truth: Truth, tmp_path: Path, staleness: int, codec: str
+) -> None:
+    steps = ["--train.max_steps", "6", "--validation.every_steps", "1"]
+    overrides = [*steps, "--train.consistency", "ssp", "--train.staleness", str(staleness), "--communication.push", codec]
+    digest, rows = train_reference(truth.config(*overrides), truth.tokens)
+    for name, shape in (("deep", (2, 2, 2)), ("wide", (1, 4, 3)), ("long", (4, 1, 1))):
+        assert train(truth.config(*overrides, *shaped(*shape)), tmp_path / name) == digest
+        assert comparable(rows_of(tmp_path / name)) == comparable(rows)
+    halfway = truth.config(*overrides, *shaped(2, 1, 2), "--train.stop_at_step", "3")
+    assert train(halfway, tmp_path / "resumed") != digest
+    assert train(truth.config(*overrides, *shaped(1, 2, 2)), tmp_path / "resumed") == digest
+
+
+def test_no_staleness_is_bsp(truth: Truth, tmp_path: Path) -> None:
+    digest, rows = truth.of(False)
+    assert train(truth.config(*shaped(2, 2, 2), "--train.consistency", "ssp"), tmp_path) == digest
+    assert comparable(rows_of(tmp_path)) == comparable(rows)
+
+
 OUTER = ["--optimizer.name", "nesterov", "--optimizer.learning_rate", "0.7", "--optimizer.weight_decay", "0"]
 OUTER += ["--optimizer.max_grad_norm", "0"]
 

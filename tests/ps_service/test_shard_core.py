@@ -95,13 +95,17 @@ def test_lanes_are_kept_joined_and_closed_once() -> None:
     shard = core(A)
     shard.on_plan(plan(Placement((A,)), Placement((B,))))
     answer, effects = shard.on_push(push(lane(1)))
-    assert (answer.outcome, effects) == (Outcome.COUNTED, [Keep(X, SiteIndex(0), lane(1))])
+    assert (answer.outcome, effects) == (Outcome.COUNTED, [Keep(Step(0), X, SiteIndex(0), lane(1))])
     again, nothing = shard.on_push(push(lane(1)))
     assert (again.outcome, nothing) == (Outcome.DUPLICATE, [])
     overlap, nothing = shard.on_push(push(BOTH))
     assert (overlap.outcome, overlap.missing, nothing) == (Outcome.OVERLAPS, (lane(0),), [])
     answer, effects = shard.on_push(push(lane(0)))
-    assert effects == [Keep(X, SiteIndex(0), lane(0)), Join(X, SiteIndex(0), lane(0), lane(1)), Close(X, Step(0))]
+    assert effects == [
+        Keep(Step(0), X, SiteIndex(0), lane(0)),
+        Join(Step(0), X, SiteIndex(0), lane(0), lane(1)),
+        Close(X, Step(0)),
+    ]
 
 
 def test_a_tied_chunk_waits_for_both_sites() -> None:

@@ -9,6 +9,7 @@ import pytest
 from shardlane import config as configs
 from shardlane.config import Config, DataConfig
 from shardlane.errors import ConfigError
+from shardlane.presets import MODEL_PRESETS
 
 RECIPES = sorted((Path(__file__).parents[2] / "configs").glob("*.toml"))
 
@@ -123,9 +124,9 @@ def test_mathematics_leaves_out_what_may_change_on_resume(file: Path) -> None:
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_recipes_are_valid_and_warm_up_briefly(recipe: Path) -> None:
     config = configs.load(recipe)
-    assert config.run_name == recipe.stem and config.model.preset in configs.MODEL_PRESETS
+    assert config.run_name == recipe.stem and config.model.preset in MODEL_PRESETS
     assert config.schedule.warmup_steps <= 0.05 * config.train.max_steps
 
 
 def test_there_is_a_recipe_for_every_preset() -> None:
-    assert {path.stem for path in RECIPES} >= configs.MODEL_PRESETS.keys()
+    assert {path.stem for path in RECIPES} >= MODEL_PRESETS.keys()

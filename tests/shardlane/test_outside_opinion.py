@@ -243,5 +243,7 @@ def test_the_outsider_notices_in_ours(losses: Losses, monkeypatch: pytest.Monkey
     from shardlane import reference
 
     honest = reference.ChunkOptimizer
-    monkeypatch.setattr(reference, "ChunkOptimizer", lambda config, values, *, decay: honest(config, values, decay=True))
+    monkeypatch.setattr(
+        reference, "ChunkOptimizer", lambda config, values, decay, **rest: honest(config, values, decay=True, **rest)
+    )
     assert largest_difference(*losses(config_for("adamw"))) > 10 * TOLERANCE

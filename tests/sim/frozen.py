@@ -46,11 +46,11 @@ from tests.sim.oracle import BrokenInvariant
 FIELDS: dict[str, set[str]] = {
     "ShardCore": {
         *("me", "plan", "chunks", "book", "last_version", "end_version", "diverged", "requests"),
-        *("_num_sites", "_num_lanes", "_filling"),
+        *("_num_sites", "_num_lanes", "_filling", "_staleness"),
     },
     "RecordBook": {"records", "decided", "news", "_num_chunks", "_decide", "_delivered"},
     "Filling": {"_waiting", "_under_way"},
-    "HeldChunk": {"version", "barrier", "measuring", "closed", "acks", "awaited"},
+    "HeldChunk": {"version", "barrier", "measuring", "closed", "acks", "awaited", "ahead", "early"},
     "Barrier": {"num_lanes", "sites"},
     "SiteTable": {"counted", "partials", "tokens", "losses", "added"},
 }
@@ -65,6 +65,7 @@ class FrozenChunk(NamedTuple):
     closed: Record | None
     acks: frozenset[Incarnation]
     awaited: frozenset[Incarnation]
+    early: Incarnation | None
     history: Values
     total: int | None  # the digest of the sum that the shell holds
 
@@ -122,7 +123,7 @@ class Bench:
             barrier = Barrier.fresh(self._num_lanes, 1)
             for index in lanes_of(each.counted):
                 barrier.count(Contribution(0, Step(each.version), lane(index), SiteIndex(0), each.chunk, 1, 0.0))
-            held = HeldChunk(each.version, barrier, False, each.closed, set(each.acks), set(each.awaited))
+            held = HeldChunk(each.version, barrier, False, each.closed, set(each.acks), set(each.awaited), early=each.early)
             core.chunks[each.chunk] = held
             self._histories[each.chunk] = each.history
             if each.total is not None:
@@ -143,6 +144,7 @@ class Bench:
                 held.closed,
                 frozenset(held.acks),
                 frozenset(held.awaited),
+                held.early,
                 self._histories.get(chunk, ()),
                 self._totals.get(chunk),
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
     from tests.sim.worker import WorkerProcess
 
 RETRY_SECONDS = 0.1
-ACTIVATION, GRADIENT, VALIDATION = "activation", "gradient", "validation"
+ACTIVATION, GRADIENT, VALIDATION, STANDING = "activation", "gradient", "validation", "standing"
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,26 +38,30 @@ class Inbox:
         self._worker = worker
         self._number = PlanNumber(0, 0)
         self._is_seated = False
-        self._version = Version(0)
+        self._step = self._version = self._published = Version(0)
         self.items: set[tuple[str, int, int]] = set()
         self._known: set[tuple[str, int, int]] = set()
 
     def open(self, number: PlanNumber, is_seated: bool) -> None:
-        self._number, self._is_seated, self._version = number, is_seated, Version(0)
+        self._number, self._is_seated = number, is_seated
+        self._step = self._version = self._published = Version(0)
         self.items.clear()
         self._known.clear()
 
-    def begin(self, version: Version) -> None:
-        self._version = version
-        self.items = {key for key in self.items if key[1] >= version}
-        self._known = {key for key in self._known if key[1] >= version}
+    def begin(self, step: Version, version: Version, published: Version) -> None:
+        self._step, self._version, self._published = step, version, published
+        self.items = {key for key in self.items if not self._is_past(key)}
+        self._known = {key for key in self._known if not self._is_past(key)}
+
+    def _is_past(self, key: tuple[str, int, int]) -> bool:
+        return key[1] < (self._version if key[0] == VALIDATION else self._step)
 
     def run_again(self, version: Version, lane: Lane) -> None:
         void = {(ACTIVATION, version, lane), (GRADIENT, version, lane)}
         self.items -= void
         self._known -= void
 
-    def receive(self, number: PlanNumber, item: Item) -> None:
+    def receive(self, number: PlanNumber, item: Item, published: Version) -> None:
         worker = self._worker
         if number > self._number:
             worker.post(events.PeerReseated(number))
@@ -64,14 +69,17 @@ class Inbox:
             raise RefusedError("not ready")
         if not self._is_seated or number < self._number:
             raise RefusedError("stale")
+        if published > self._published:
+            self._published = published
+            worker.post(events.PeerAhead(published, number))
+        if item.kind == STANDING:
+            return
         if item.is_word:
             lane = Lane(item.index)
             word = events.LaneAsked if item.kind == GRADIENT else events.LaneTold
             worker.post(word(item.version, lane))
             return
-        if item.version > self._version:
-            worker.post(events.PeerAhead(item.version))
-        if number == self._number and self._is_seated and item.version >= self._version and item.key not in self._known:
+        if number == self._number and self._is_seated and not self._is_past(item.key) and item.key not in self._known:
             self._known.add(item.key)
             self.items.add(item.key)
             worker.pump()
@@ -80,8 +88,10 @@ class Inbox:
 class Link:
     """One direction to one neighbour: in order, and again from the open step's first item when it breaks."""
 
-    def __init__(self, worker: WorkerProcess, receiver: Incarnation, number: PlanNumber) -> None:
-        self._worker, self._receiver, self._number = worker, receiver, number
+    def __init__(
+        self, worker: WorkerProcess, receiver: Incarnation, number: PlanNumber, published: Callable[[], Version]
+    ) -> None:
+        self._worker, self._receiver, self._number, self._published = worker, receiver, number, published
         self._items: list[Item] = []
         self._next = 0
         self._is_busy = False
@@ -115,8 +125,10 @@ class Link:
                 self._next = 0
                 worker.clock.after(RETRY_SECONDS, worker, lambda: on_reply(None))
 
+        published = self._published()
+
         def handle() -> None:
             if neighbour is not None:
-                neighbour.inbox.receive(self._number, item)
+                neighbour.inbox.receive(self._number, item, published)
 
         worker.network.call(worker, neighbour, handle, on_reply, on_failure)

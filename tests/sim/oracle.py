@@ -65,6 +65,12 @@ class Oracle:
         if self.plan is not None and timeline == self.plan.timeline.id:
             self.version = max(self.version, version)
 
+    def is_published(self, timeline: Timeline, chunk: ChunkId, version: Version, history: History) -> bool:
+        """Whether this is what was published; of a version before the timeline, under SSP, what its checkpoint says of it."""
+        if version < timeline.version:
+            return plainly(history) == self.expected(timeline.id, chunk, version)
+        return history == self.published.get((timeline.id, chunk, version))
+
     # ---- what is expected ----------------------------------------------------------------------------------------------
 
     def lineage(self, timeline: int, version: int) -> tuple[int, ...]:

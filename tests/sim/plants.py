@@ -71,7 +71,7 @@ def promote_without_sum(take_role: Any) -> Any:
         effects: list[Effect] = take_role(self, chunk, now, before)
         held = self.chunks.get(chunk)
         if held is not None and before is not None and now.primary == self.me != before.primary:
-            held.closed, held.barrier = None, self._fresh_barrier(chunk)
+            held.closed, held.barrier = None, held.barrier.anew()
             effects.append(DropSums(chunk, keep_closed=False))
         return effects
 
@@ -122,7 +122,7 @@ def follow_the_deposed(on_message: Any) -> Any:
         if isinstance(message, Replicate) and self.plan is not None and envelope.plan < self.plan.number:
             held = self.chunks.get(message.record.chunk)
             if held is not None and held.version == int(message.record.step):
-                held.closed, held.barrier = message.record, self._fresh_barrier(message.record.chunk)
+                held.closed, held.barrier = message.record, held.barrier.anew()
                 chunk = message.record.chunk
                 return [DropSums(chunk, keep_closed=False), KeepSum(chunk), *self._settle([chunk])]
         effects: list[Effect] = on_message(self, envelope)
@@ -211,7 +211,7 @@ def refill_backwards(_: Any) -> Any:
         chunk = message.chunk
         if self.plan.placements[chunk].learner != self.me:
             return []
-        self.chunks[chunk] = HeldChunk(message.version, self._fresh_barrier(chunk), closed=message.closed)
+        self.chunks[chunk] = self._hold(chunk, message.version, message.closed)
         keep = KeepState(chunk, message.version, with_sum=message.closed is not None)
         return [keep, *self._learn(message.previous), *self._tell_position(chunk)]
 

@@ -52,13 +52,13 @@ class PullCall:
         if not self._has_ended and not asked.is_over and chunk in asked.missing[self._shard]:
             asked.missing[self._shard].discard(chunk)
             asked.values[chunk] = history
-            self.worker.pump()
+            self._puller.note(asked.version)
 
     def on_superseded(self, now: Version) -> None:
         asked = self._asked
         if not self._has_ended and not asked.cancelled:
             asked.superseded = max(now, asked.superseded or now)
-            self.worker.pump()
+            self._puller.note(now)
 
     def on_refused(self, chunk: ChunkId, plan: Plan) -> None:
         self._was_refused = True
@@ -81,12 +81,17 @@ class Puller:
         self.worker, self.plan = worker, plan
         self._chunks = sorted(set(chunks))
         self.asked: Asked | None = None
+        self.published = Version(-1)  # the newest that a shard has answered with
 
     def ask(self, version: Version) -> None:
         if self.asked is not None and self.asked.version == version and not self.asked.cancelled:
             return
         self.cancel()
         self._begin(Asked(version, self._by_primary(self._chunks)))
+
+    def note(self, published: Version) -> None:
+        self.published = max(published, self.published)
+        self.worker.pump()
 
     def cancel(self) -> None:
         if self.asked is not None:

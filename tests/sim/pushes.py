@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from ps_service.core import messages
 from ps_service.core.messages import Outcome
-from shardlane.ids import Incarnation, Step, Version
+from shardlane.ids import Incarnation, PlanNumber, Step, Version
 from shardlane.plan import Plan
 from tests.sim.network import RefusedError
 from tests.sim.shard import Batch
@@ -34,14 +34,15 @@ class Queue:
 class Pusher:
     def __init__(self, worker: WorkerProcess, plan: Plan) -> None:
         self._worker, self._plan = worker, plan
-        self._version = Version(0)
-        self._kept: dict[Key, tuple[int, str]] = {}  # tokens and the sum, under the step of `_version`
+        self._kept: dict[Key, tuple[int, str]] = {}  # tokens and the sum
         self._fresh: set[Key] = set()  # not sent yet
         self._queues: dict[Incarnation, Queue] = {shard: Queue() for shard in plan.shards}
         self._closed = False
 
     def reroute(self, plan: Plan) -> None:
-        moved = [key for key in self._kept if plan.placements[key.chunk].primary != self._primary(key)]
+        before = self._plan.number
+        is_next = plan.number == PlanNumber(before.term, before.epoch + 1)
+        moved = [key for key in self._kept if not is_next or plan.placements[key.chunk].primary != self._primary(key)]
         gone = [self._queues.pop(shard) for shard in list(self._queues) if shard not in plan.shards]
         for queue in (*gone, *self._queues.values()):
             queue.waiting = {key: None for key in queue.waiting if key not in moved}
@@ -54,17 +55,16 @@ class Pusher:
             self._enqueue(key)
 
     def begin(self, version: Version) -> None:
-        self._forget()
-        self._version = version
+        self._forget([key for key in self._kept if key.step < version])
 
     def close(self) -> None:
         self._closed = True
-        self._forget()
+        self._forget(list(self._kept))
 
     def put(self, key: Key) -> None:
         if self._closed or key in self._fresh:
             return
-        self._kept[key] = key.block.size, block_text(self._version, self._plan.timeline.id, key.block)
+        self._kept[key] = key.block.size, block_text(key.step, self._plan.timeline.id, key.block)
         self._fresh.add(key)
         self._enqueue(key)
 
@@ -79,11 +79,12 @@ class Pusher:
     def _primary(self, key: Key) -> Incarnation:
         return self._plan.placements[key.chunk].primary
 
-    def _forget(self) -> None:
-        for queue in self._queues.values():
-            queue.waiting.clear()
-        self._kept.clear()
-        self._fresh.clear()
+    def _forget(self, keys: list[Key]) -> None:
+        for key in keys:
+            del self._kept[key]
+            self._fresh.discard(key)
+            for queue in self._queues.values():
+                queue.waiting.pop(key, None)
 
     def _enqueue(self, key: Key) -> None:
         shard = self._primary(key)
@@ -102,12 +103,12 @@ class Pusher:
         if self._closed or queue.closed or not queue.waiting:
             return
         queue.is_busy = True
-        worker, version, sent = self._worker, self._version, list(queue.waiting)
+        worker, sent = self._worker, list(queue.waiting)
         timeline = self._plan.timeline.id
         queue.waiting.clear()
         self._fresh.difference_update(sent)
         batch = [
-            (messages.Contribution(timeline, Step(version), key.block, key.site, key.chunk, tokens, float(tokens)), text)
+            (messages.Contribution(timeline, Step(key.step), key.block, key.site, key.chunk, tokens, float(tokens)), text)
             for key in sent
             for tokens, text in (self._kept[key],)
         ]
@@ -126,11 +127,11 @@ class Pusher:
             )
             self._stream_soon(shard, queue, RETRY_SECONDS if refusals else 0.0)
             if refusals:
-                worker.on_answers(version, refusals)
+                worker.on_answers(refusals)
 
         def on_failure(_: RefusedError | None) -> None:
             queue.is_busy = False
-            if version == self._version and not self._closed:
+            if not self._closed:
                 unsure = [key for key in sent if key in self._kept and self._primary(key) == shard]
                 queue.waiting = {**dict.fromkeys(unsure), **queue.waiting}
             self._stream_soon(shard, queue, RETRY_SECONDS)

@@ -24,6 +24,7 @@ class Shape:
     num_chunks: int = 3
     num_lanes: int = 4
     num_steps: int = 4
+    staleness: int = 0
     num_stages: int = 1
     num_replicas: int = 2
     num_spare_shards: int = 0
@@ -59,6 +60,24 @@ SHAPES: dict[str, Shape] = {
     "one copy": Shape(
         replication=1, num_steps=5, checkpoint_every=2, faults={"kill shard": 4, "kill worker": 1, "stop shard": 1}
     ),
+    "one copy of pipelines": Shape(
+        replication=1, num_steps=5, num_stages=2, checkpoint_every=2, faults={"kill shard": 4, "kill worker": 1}
+    ),
+    "one-step delay, deaths": Shape(staleness=1, num_steps=6, faults=DEATHS),
+    "one-step delay, pipelines": Shape(
+        staleness=1, num_steps=6, num_stages=2, faults={**COMINGS, **SILENCES, "stop run": 1, "pause run": 1}, num_faults_max=3
+    ),
+    "SSP, everything": Shape(
+        staleness=2,
+        num_steps=6,
+        faults=EVERYTHING,
+        num_faults_max=4,
+        checkpoint_every=2,
+        num_validations=2,
+        num_stages=2,
+        num_replicas=2,
+        weather=BAD,
+    ),
     "a coordinator that dies": Shape(
         faults={"kill coordinator": 4, "stop coordinator": 1, "part coordinator": 1, "kill shard": 2, "kill worker": 1},
         checkpoint_every=2,
@@ -87,6 +106,8 @@ def config_of(shape: Shape) -> Config:
                 "global_batch_size": shape.num_lanes,
                 "lanes": shape.num_lanes,
                 "max_steps": shape.num_steps,
+                "consistency": "ssp",
+                "staleness": shape.staleness,
             },
             "pipeline": {"schedule": shape.schedule},
             "validation": {"num_micro_batches": shape.num_validations, "every_steps": 2 if shape.num_validations else 0},

@@ -38,7 +38,7 @@ from ps_service.core.messages import (
 )
 from ps_service.core.shard import ShardCore
 from shardlane.errors import StaleError
-from shardlane.ids import ChunkId, Incarnation, Lane, PlanNumber, SiteIndex, Version
+from shardlane.ids import ChunkId, Incarnation, Lane, PlanNumber, SiteIndex, Step, Version
 from shardlane.lanes import Block
 from shardlane.plan import Plan
 from tests.sim.member import MemberProcess
@@ -62,7 +62,7 @@ class Texts:
     """What the shell holds for the core."""
 
     parameters: dict[ChunkId, History] = field(default_factory=dict)
-    partials: dict[tuple[ChunkId, SiteIndex, Block], str] = field(default_factory=dict)
+    partials: dict[tuple[ChunkId, Step, SiteIndex, Block], str] = field(default_factory=dict)
     sums: dict[ChunkId, str] = field(default_factory=dict)
 
     def drop_partials(self, chunk: ChunkId) -> None:
@@ -97,6 +97,7 @@ class ShardProcess(MemberProcess):
             num_lanes=world.config.train.lanes,
             last_version=world.config.train.last_step,
             decide=world.decide,
+            staleness=world.config.train.staleness,
         )
         self.texts = Texts()
         self.published: dict[ChunkId, Version] = {}
@@ -204,8 +205,9 @@ class ShardProcess(MemberProcess):
                 if held is None:
                     continue
                 now, history = held.version, self.texts.parameters[chunk]
-                if now == call.version:
-                    self._answer(call, lambda call=call, chunk=chunk, history=history: call.on_data(chunk, history))
+                if now - call.version <= self.world.config.train.staleness:
+                    past = history[: call.version]
+                    self._answer(call, lambda call=call, chunk=chunk, past=past: call.on_data(chunk, past))
                 else:
                     self._answer(call, lambda call=call, now=now: call.on_superseded(now))
             if not call.waiting:
@@ -291,12 +293,12 @@ class ShardProcess(MemberProcess):
             case Send():
                 self._send(effect)
             case Keep():
-                texts.partials[effect.chunk, effect.site, effect.block] = value
-            case Join(chunk=chunk, site=site, left=left, right=right):
-                low, high = texts.partials.pop((chunk, site, left)), texts.partials.pop((chunk, site, right))
-                texts.partials[chunk, site, left.parent] = f"({low}+{high})"
-            case Close(chunk=chunk):
-                todo += self._close(chunk)
+                texts.partials[effect.chunk, effect.step, effect.site, effect.block] = value
+            case Join(step, chunk, site, left, right):
+                low, high = texts.partials.pop((chunk, step, site, left)), texts.partials.pop((chunk, step, site, right))
+                texts.partials[chunk, step, site, left.parent] = f"({low}+{high})"
+            case Close(chunk, step):
+                todo += self._close(chunk, step)
             case KeepSum(chunk=chunk):
                 texts.sums[chunk] = value
             case Compare(chunk=chunk, sender=sender, digest=digest):
@@ -337,18 +339,17 @@ class ShardProcess(MemberProcess):
             case _:
                 assert_never(effect)
 
-    def _close(self, chunk: ChunkId) -> list[Effect]:
+    def _close(self, chunk: ChunkId, step: Step) -> list[Effect]:
         """With wobbling sums, no two measurements of one sum have the same bits."""
         world, texts = self.world, self.texts
         whole = Block(Lane(0), world.config.train.lanes)
         sites = range(world.layout.num_sites(chunk))
-        total = "+".join(texts.partials.pop((chunk, SiteIndex(site), whole)) for site in sites)
+        total = "+".join(texts.partials.pop((chunk, step, SiteIndex(site), whole)) for site in sites)
         if world.shape.wobbles:
             world.num["measured"] += 1
             total = f"{total}~{self.me}/{world.num['measured']}"
         texts.sums[chunk] = total
         digest = zlib.crc32(total.encode())
-        step = self.core.chunks[chunk].version
         norm = math.inf if world.is_not_finite(step) else 1.0 + digest / (1 << 32)
         return self.core.on_measured(chunk, square_norm=norm, digest=digest)
 

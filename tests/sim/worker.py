@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, assert_never
 
 from coordinator.core.events import Heartbeat, ValidationReport
 from shardlane.ids import Incarnation, Lane, MicroBatch, PlanNumber, Version
-from shardlane.lanes import Block
+from shardlane.lanes import Block, lane
 from shardlane.plan import Plan
-from tests.sim.links import ACTIVATION, GRADIENT, VALIDATION, Inbox, Item, Link
+from tests.sim.links import ACTIVATION, GRADIENT, STANDING, VALIDATION, Inbox, Item, Link
 from tests.sim.member import MemberProcess
 from tests.sim.oracle import BrokenInvariant
 from tests.sim.pulls import Puller
@@ -38,6 +38,7 @@ class Seat:
         self.chain, self._formed = plan.replicas[replica].workers, plan.replicas[replica].formed
         self.layers = plan.stages[stage]
         self.items = worker.world.layout.stage_chunks(self.layers)
+        self.published = Version(0)
         self.puller = Puller(worker, plan, [item.chunk.id for item in self.items])
         self.pusher = Pusher(worker, plan)
         self.parameters_version = -1
@@ -47,7 +48,10 @@ class Seat:
 
     def _link(self, stage: int) -> Link | None:
         there = 0 <= stage < len(self.chain)
-        return Link(self.worker, self.chain[stage], self._formed) if there else None
+        return Link(self.worker, self.chain[stage], self._formed, self.newest) if there else None
+
+    def newest(self) -> Version:
+        return max(self.published, self.puller.published)
 
     def reroute(self, plan: Plan) -> None:
         if plan.number > self.plan.number:
@@ -64,9 +68,9 @@ class Seat:
 
     # ---- what the thread that computes does ---------------------------------------------------------------------------
 
-    def pull(self, version: Version) -> Iterator[Pause]:
+    def pull(self, pull: events.Pull) -> Iterator[Pause]:
         """Returns, by `StopIteration`, the version that supersedes it, if one does."""
-        puller, world = self.puller, self.worker.world
+        puller, world, version = self.puller, self.worker.world, pull.version
         puller.ask(version)
         yield lambda: puller.asked is not None and puller.asked.settled
         asked = puller.asked
@@ -75,44 +79,51 @@ class Seat:
             puller.cancel()
             return asked.superseded
         for chunk, history in asked.values.items():
-            if len(history) != version or history != world.oracle.published.get((self.plan.timeline.id, chunk, version)):
+            if not world.oracle.is_published(self.plan.timeline, chunk, version, history):
                 raise BrokenInvariant(f"8: version {version} of chunk {chunk} was read as {history}")
         if asked.values.keys() != {item.chunk.id for item in self.items}:
             raise BrokenInvariant(f"8: of version {version} only {sorted(asked.values)} were read")
-        self.parameters_version = version
-        self.pusher.begin(version)
-        self.worker.inbox.begin(version)
+        self.parameters_version, self.published = version, pull.published
+        self.pusher.begin(pull.published)
+        self.worker.inbox.begin(pull.step, version, pull.published)
         for link in (self.above, self.below):
             if link is not None:
-                link.begin(version)
+                link.begin(pull.published)
+                if world.config.train.staleness and pull.published >= pull.step:
+                    link.send(Item(STANDING, pull.published, 0))
         return None
 
     def run(self, version: Version, blocks: tuple[Block, ...]) -> Iterator[Pause]:
-        if self.parameters_version != version:
+        """The step of `version`. Every lane and stage reads what SSP says: nothing older, and nothing newer is waited for."""
+        config = self.worker.world.config
+        if self.parameters_version != max(version - config.train.staleness, 0):
             raise BrokenInvariant(f"4: step {version} is computed from version {self.parameters_version}")
+        if config.goes_by_lanes:
+            blocks = tuple(lane(each) for block in blocks for each in block.lanes)
+        self.worker.world.num["computed ahead"] += version > self.worker.world.version
         lanes = [MicroBatch(each) for block in blocks for each in block.lanes]
         world, due = self.worker.world, {block: set(block.lanes) for block in blocks}
         for action in schedule(world.config.pipeline.schedule, self.stage, len(self.chain), lanes):
             match action:
-                case Forward(lane):
+                case Forward(index):
                     if self.above is not None:
-                        yield self._taken(ACTIVATION, version, lane)
+                        yield self._taken(ACTIVATION, version, index)
                         if self._is_over(version):
                             return
                     if self.below is not None:
-                        self.below.send(Item(ACTIVATION, version, lane))
-                case Backward(lane):
+                        self.below.send(Item(ACTIVATION, version, index))
+                case Backward(index):
                     if self.below is not None:
-                        yield self._taken(GRADIENT, version, lane)
+                        yield self._taken(GRADIENT, version, index)
                         if self._is_over(version):
                             return
                     if self.above is not None:
-                        self.above.send(Item(GRADIENT, version, lane))
-                case Weights(lane):
+                        self.above.send(Item(GRADIENT, version, index))
+                case Weights(index):
                     seconds = self.worker.seconds_a_lane * (0.5 + world.random.random())
                     yield seconds
                     self.computed_seconds += seconds
-                    self._add(Lane(lane), due)
+                    self._add(version, Lane(index), due)
 
     def _taken(self, kind: str, version: Version, index: int) -> Callable[[], bool]:
         items, key = self.worker.inbox, (kind, version, index)
@@ -127,17 +138,16 @@ class Seat:
 
     def _is_over(self, version: Version) -> bool:
         """The next version is published, so nothing of this step is needed any more, and neighbours may have left it."""
-        asked = self.puller.asked
-        return asked is not None and asked.version > version and (bool(asked.values) or asked.superseded is not None)
+        return self.puller.published > version
 
-    def _add(self, lane: Lane, due: dict[Block, set[int]]) -> None:
+    def _add(self, step: Version, lane: Lane, due: dict[Block, set[int]]) -> None:
         """A block is pushed when its last lane is in."""
         for block, lanes in due.items():
             if lane in lanes:
                 lanes.discard(lane)
                 if not lanes:
                     for item in self.items:
-                        self.pusher.put(Key(item.chunk.id, item.site, block))
+                        self.pusher.put(Key(step, item.chunk.id, item.site, block))
 
     def validate(self, version: Version, indices: tuple[int, ...]) -> Iterator[Pause]:
         for index in indices:
@@ -173,7 +183,7 @@ class WorkerProcess(MemberProcess):
 
     def beat_content(self) -> Heartbeat:
         number = self.stepper.plan.number if self.stepper.plan is not None else _NO_PLAN
-        return Heartbeat(self.me, number, self.stepper.version, lane_seconds=self.pace.lane_seconds, is_leaving=self.is_leaving)
+        return Heartbeat(self.me, number, self.stepper.step, lane_seconds=self.pace.lane_seconds, is_leaving=self.is_leaving)
 
     def on_reply(self, reply: Reply) -> None:
         self.post(events.StateChanged(reply.state.name.lower()))  # type: ignore[arg-type]
@@ -183,8 +193,8 @@ class WorkerProcess(MemberProcess):
 
     # ---- what happens --------------------------------------------------------------------------------------------------
 
-    def on_answers(self, version: Version, refusals: tuple[Refusal, ...]) -> None:
-        self.post(events.Answered(version, refusals))
+    def on_answers(self, refusals: tuple[Refusal, ...]) -> None:
+        self.post(events.Answered(refusals))
 
     def on_pull_ended(self, shard: Incarnation) -> None:
         self.post(events.PullEnded(shard))
@@ -283,8 +293,8 @@ class WorkerProcess(MemberProcess):
         match work:
             case events.Ask(version):
                 seat.puller.ask(version)
-            case events.Pull(attempt, version):
-                now = yield from seat.pull(version)  # type: ignore[func-returns-value]
+            case events.Pull(attempt):
+                now = yield from seat.pull(work)  # type: ignore[func-returns-value]
                 self.post(events.Pulled(attempt) if now is None else events.Superseded(attempt, now))
             case events.Validate(attempt, version, indices):
                 yield from seat.validate(version, indices)
@@ -293,7 +303,7 @@ class WorkerProcess(MemberProcess):
                 began = seat.computed_seconds
                 yield from seat.run(version, blocks)
                 self.pace.add(seat.computed_seconds - began, sum(block.size for block in blocks))
-                self.post(events.Ran(attempt))
+                self.post(events.Ran(attempt, seat.newest()))
             case _:
                 assert_never(work)
 

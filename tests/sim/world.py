@@ -135,7 +135,7 @@ class World:
         for worker in self.workers.values():
             if worker.alive:
                 stepper = worker.stepper
-                lines.append(f"{worker}: plan {stepper.plan and stepper.plan.number} {stepper.phase} {stepper.version}")
+                lines.append(f"{worker}: plan {stepper.plan and stepper.plan.number} {stepper.phase} {stepper.step}")
         return "\n".join(lines)
 
     # ---- processes -----------------------------------------------------------------------------------------------------

@@ -116,7 +116,7 @@ class ShardDouble:
             if outcome is None:
                 response.num_counted += 1
             else:
-                response.refused.add(chunk=header.chunk, site=header.site, block=header.block, **outcome)
+                response.refused.add(step=header.step, chunk=header.chunk, site=header.site, block=header.block, **outcome)
         if response.refused and self.plan is not None:
             response.plan.CopyFrom(wire.plan_to_wire(self.plan))
         return response

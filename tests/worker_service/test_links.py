@@ -17,7 +17,7 @@ from shardlane.chunks import BufferPool, byte_view
 from shardlane.ids import Incarnation, PlanNumber, RunId, Version
 from shardlane.pb import tensor_pb2, worker_pb2
 from worker_service.attempt import Abandoned, Attempt
-from worker_service.inbox import ACTIVATION, GRADIENT, VALIDATION, Inbox, Seat, StepClosed
+from worker_service.inbox import ACTIVATION, GRADIENT, STANDING, VALIDATION, Inbox, Seat, StepClosed
 from worker_service.links import SERVICE, Link, Route
 from worker_service.servicer import WorkerServicer
 from worker_service.staging import HostTensor, Staging
@@ -39,7 +39,7 @@ class Receiver:
         self.lanes: list[tuple[str, int, int]] = []
         pool = BufferPool(64 << 20)
         self.reseated: list[PlanNumber] = []
-        told = {"on_ahead": self.ahead.append, "on_reseated": self.reseated.append}
+        told = {"on_ahead": lambda version, formed: self.ahead.append(version), "on_reseated": self.reseated.append}
         self.inbox = Inbox(ME, RUN, budget_bytes, pool, **told, on_lane=lambda *word: self.lanes.append(word))
         self.bind = "127.0.0.1:0"
         self.start()
@@ -73,10 +73,14 @@ def receiver() -> Iterator[Receiver]:
 def link_to() -> Iterator[Callable[..., Link]]:
     made: list[Link] = []
 
-    def make(receiver: Receiver, sender: Incarnation = ABOVE, epoch: int = 1, broken: list[str] | None = None) -> Link:
+    def make(
+        receiver: Receiver, sender: Incarnation = ABOVE, epoch: int = 1, broken: list[str] | None = None, published: int = 0
+    ) -> Link:
         route = Route(RUN, sender, ME, receiver.bind, PlanNumber(1, epoch), SHAPE)
         heard = [] if broken is None else broken
-        made.append(Link(route, Staging(torch.device("cpu")), lambda peer, reason: heard.append(reason)))
+        made.append(
+            Link(route, Staging(torch.device("cpu")), lambda peer, reason: heard.append(reason), lambda: Version(published))
+        )
         return made[-1]
 
     yield make
@@ -90,6 +94,10 @@ def values(seed: int) -> torch.Tensor:
 
 def send(link: Link, kind: int, version: int, index: int, seed: int) -> None:
     link.send(kind, Version(version), index, HostTensor(values(seed).reshape(-1)))
+
+
+def begin(receiver: Receiver, version: int) -> None:
+    receiver.inbox.begin(Version(version), Version(version), Version(version))
 
 
 def wait_for(ready: Callable[[], bool]) -> None:
@@ -152,17 +160,22 @@ def test_a_receiver_of_an_older_plan_waits_for_it(receiver: Receiver, link_to: C
     assert torch.equal(receiver.take(ACTIVATION, 0, 0), values(5))
 
 
-def test_a_neighbour_at_a_later_step_is_heard_of_and_earlier_steps_are_dropped(
-    receiver: Receiver, link_to: Callable[..., Link]
-) -> None:
-    link = link_to(receiver)
-    receiver.inbox.begin(Version(3))
+def test_a_later_version_is_heard_of_and_earlier_steps_are_dropped(receiver: Receiver, link_to: Callable[..., Link]) -> None:
+    link = link_to(receiver, published=4)
+    begin(receiver, 3)
     send(link, ACTIVATION, 2, 0, seed=1)
     send(link, ACTIVATION, 4, 0, seed=2)
     wait_for(lambda: receiver.ahead == [4])
     wait_for(lambda: receiver.inbox.num_bytes == SIZE)
-    receiver.inbox.begin(Version(4))
+    begin(receiver, 4)
     assert torch.equal(receiver.take(ACTIVATION, 4, 0), values(2))
+
+
+def test_a_neighbour_that_leaves_a_closed_step_undone_says_so(receiver: Receiver, link_to: Callable[..., Link]) -> None:
+    for sender, published in ((ABOVE, 2), (BELOW, 3)):
+        link_to(receiver, sender, published=published).send(STANDING, Version(published), 0)
+        wait_for(lambda published=published: receiver.ahead[-1:] == [published])  # type: ignore[misc]
+    assert receiver.ahead == [2, 3] and receiver.lanes == []
 
 
 def test_a_lane_that_runs_again_is_taken_again(receiver: Receiver, link_to: Callable[..., Link]) -> None:
@@ -180,11 +193,11 @@ def test_a_neighbour_that_goes_back_to_an_earlier_version_sooner_is_heard(
     receiver: Receiver, link_to: Callable[..., Link]
 ) -> None:
     """After a roll-back: its first activations come before this stage has begun with that version."""
-    receiver.inbox.begin(Version(5))
+    begin(receiver, 5)
     receiver.inbox.open(seat(2).number, seat(2))
     send(link_to(receiver, epoch=2), ACTIVATION, 3, 0, seed=1)
     wait_for(lambda: receiver.inbox.num_bytes == 4 * values(1).numel())
-    receiver.inbox.begin(Version(3))
+    begin(receiver, 3)
     assert torch.equal(receiver.take(ACTIVATION, 3, 0), values(1))
 
 

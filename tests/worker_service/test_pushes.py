@@ -38,7 +38,7 @@ class Pushing:
         self.channels = {shard: rpc.connect(self.plan.addresses[shard]) for shard in self.plan.shards}
         clients = {shard: rpc.Client(channel, SHARD) for shard, channel in self.channels.items()}
         self.offered: list[Plan] = []
-        self.answers: list[tuple[int, tuple[Refusal, ...]]] = []
+        self.answers: list[tuple[Refusal, ...]] = []
         self.faults: list[str] = []
         self.pusher = Pusher(
             self.plan,
@@ -47,15 +47,15 @@ class Pushing:
             num_lanes=4,
             budget_bytes=3 * 2048,
             offer=self.offered.append,
-            on_answers=lambda version, refusals: self.answers.append((version, refusals)),
+            on_answers=self.answers.append,
             on_fault=self.faults.append,
             on_bytes=lambda size: None,
         )
-        self.pusher.begin(Version(4))
+        self.step = Version(4)
 
     def put(self, chunk: int, block: Block = BLOCK, attempt: Attempt | None = None) -> Key:
         """All of a chunk's values are its number."""
-        key, size = Key(LAYOUT.chunks[chunk].id, SiteIndex(0), block), LAYOUT.chunks[chunk].num_elements
+        key, size = Key(self.step, LAYOUT.chunks[chunk].id, SiteIndex(0), block), LAYOUT.chunks[chunk].num_elements
         host = HostTensor(torch.full((size + 3,), float(chunk)))
         self.pusher.put(Contribution(key, 64, 2.5, host, 3, size), attempt or Attempt())
         return key
@@ -136,7 +136,7 @@ def test_refusals_are_told_with_what_is_missing_and_the_plan_is_handed_on(pushin
     shard.push_outcomes.append({"outcome": ps_pb2.PUSH_OUTCOME_OVERLAPS, "missing": missing})
     key = pushing.put(0)
     wait_for(lambda: bool(pushing.answers))
-    assert pushing.answers == [(4, (Refusal(key, "overlaps", (lane(1),)),))]
+    assert pushing.answers == [(Refusal(key, "overlaps", (lane(1),)),)]
     assert pushing.offered == [shard.plan]
 
 
@@ -147,7 +147,7 @@ def test_what_came_too_early_is_sent_again_when_asked(pushing: Pushing) -> None:
         wait_for(lambda n=num_answers: len(pushing.answers) == n)  # type: ignore[misc]
         pushing.pusher.again((key,))
     wait_for(lambda: pushing.pushed(0) == [0, 0, 0])
-    assert [refusals[0].outcome for _, refusals in pushing.answers] == ["not_yet", "not_yet"]
+    assert [refusals[0].outcome for refusals in pushing.answers] == ["not_yet", "not_yet"]
 
 
 def test_what_a_shard_may_have_forgotten_is_sent_again_to_it_alone(pushing: Pushing) -> None:
@@ -160,14 +160,16 @@ def test_what_a_shard_may_have_forgotten_is_sent_again_to_it_alone(pushing: Push
 
 
 def test_the_next_version_lets_go_of_the_step(pushing: Pushing) -> None:
+    """And under SSP of no step that is open still."""
     key = pushing.put(0)
-    wait_for(lambda: pushing.pushed(0) == [0])
+    pushing.step = Version(5)
+    pushing.put(2)
+    wait_for(lambda: pushing.pushed(0) == [0, 2])
     pushing.pusher.begin(Version(5))
     pushing.pusher.again((key,))
     pushing.pusher.all_again(FIRST)
-    pushing.put(2)
-    wait_for(lambda: pushing.pushed(0) == [0, 2])
-    assert [each[0][0] for each in pushing.shards[0].pushed] == [4, 5]
+    wait_for(lambda: pushing.pushed(0) == [0, 2, 2])
+    assert [each[0][0] for each in pushing.shards[0].pushed] == [4, 5, 5]
 
 
 def test_an_answer_that_is_none_is_a_fault(pushing: Pushing) -> None:

@@ -18,8 +18,9 @@ Outcome = Literal["overlaps", "not_yet", "not_owner", "stale"]
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """What one contribution is of, within its step."""
+    """What one contribution is of."""
 
+    step: Version
     chunk: ChunkId
     site: SiteIndex
     block: Block
@@ -69,16 +70,16 @@ class Validated:
 
 @dataclass(frozen=True, slots=True)
 class Ran:
-    """Every forward and backward is done, and every sum is with the pusher."""
+    """Every forward and backward is done, and every sum is with the pusher; or the step is closed, as `published` tells."""
 
     attempt: int
+    published: Version
 
 
 @dataclass(frozen=True, slots=True)
 class Answered:
     """A push stream ended; what was refused of it."""
 
-    version: Version
     refusals: tuple[Refusal, ...]
 
 
@@ -92,9 +93,10 @@ class PullEnded:
 
 @dataclass(frozen=True, slots=True)
 class PeerAhead:
-    """A neighbour computes from `version`, so it is published."""
+    """A neighbour in the replica that `formed` knows that `version` is published."""
 
     version: Version
+    formed: PlanNumber
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,10 +177,13 @@ class Ask:
 
 @dataclass(frozen=True, slots=True)
 class Pull:
-    """Fill the parameters; ends in `Pulled` or `Superseded`."""
+    """Fill the parameters; ends in `Pulled` or `Superseded`. Then steps below `published` are closed, and those below `step` are
+    done here."""
 
     attempt: int
     version: Version
+    step: Version
+    published: Version
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,10 +195,10 @@ class Validate:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """Compute the step from `version` and push the sum of each block; ends in `Ran`. `again`: its lanes ran before."""
+    """Compute `step` and push the sum of each block; ends in `Ran`. `again`: its lanes ran before."""
 
     attempt: int
-    version: Version
+    step: Version
     blocks: tuple[Block, ...]
     again: bool = False
 

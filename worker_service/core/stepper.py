@@ -9,6 +9,9 @@ All stages of a replica take up the same seat, and what they send one another na
 
 When a part of a block is counted already, its missing lanes run again. All stages must take part, and in one order, or two of
 them would wait for each other: a stage asks upwards, and what the first stage tells downwards is the order.
+
+Under SSP step t is computed from version t - s, so up to s + 1 steps are open at a time; what is pushed of each is kept until it
+is closed. Lanes are pushed one by one then, so that nothing has to run again for a part of a block.
 """
 
 from __future__ import annotations
@@ -56,11 +59,11 @@ from worker_service.core.events import (
 
 class Phase(StrEnum):
     SPARE = "spare"  # no plan, or no seat in it
-    PULLING = "pulling"  # `version` is on its way into the parameters
+    PULLING = "pulling"  # the version that `step` reads is on its way into the parameters
     VALIDATING = "validating"
-    RUNNING = "running"  # computes the step from `version`
-    WAITING = "waiting"  # all of the step is pushed; the next version is on its way into the parameters
-    HELD = "held"  # has `version`, and may not begin another step
+    RUNNING = "running"  # computes `step`
+    WAITING = "waiting"  # all of `step` is pushed; the version that the next one reads is on its way into the parameters
+    HELD = "held"  # may not begin `step`
     DONE = "done"  # has the last version, or the run is over
 
 
@@ -69,14 +72,17 @@ class Stepper:
 
     def __init__(self, me: Incarnation, config: Config) -> None:
         self.plan: Plan | None = None
-        self.version = Version(0)  # that it works from, or waits for
+        self.step = Version(0)  # numbered by the version before it
         self.phase = Phase.SPARE
         self.attempt = 0
         self._me = me
         self._config = config
         self._stage = 0
         self._replica: Replica | None = None  # that this worker is at work in
-        self._published = Version(0)  # the newest that is known to be
+        self._published = Version(0)  # the newest that is known to be: steps below it are closed
+        self._loaded = Version(0)  # that the parameters are of
+        self._pulling: Version | None = None  # that is on its way into them, or was when that was abandoned
+        self._reads = config.train.reads
         self._awaited: Plan | None = None  # its seat is taken up later
         self._peers_formed = PlanNumber(0, 0)  # the newest replica that a neighbour was heard from
         self._state: RunState = "training"
@@ -84,6 +90,7 @@ class Stepper:
         self._queue: list[Lane] = []  # lanes to run again once the present run is over
         self._told: set[Lane] = set()  # lanes of the open step that ran again, or will
         self._asked: set[Lane] = set()  # and those already asked for
+        self._validates_in = Phase.PULLING  # the phase that goes on once the validation is over
 
     @property
     def replica(self) -> Replica | None:
@@ -103,19 +110,19 @@ class Stepper:
             case Pulled():
                 return self._on_pulled()
             case Validated():
-                return self._begin_step()
+                return self._on_validated()
             case Ran():
-                return self._next_run()
+                return self._on_ran(event.published)
             case Superseded():
                 return self._on_superseded(event.now) if event.attempt == self.attempt else []
             case PeerAhead():
-                return self._on_peer_ahead(event.version)
+                return self._on_peer_ahead(event)
             case PeerReseated():
                 return self._on_peer_reseated(event.formed)
             case Answered():
                 return self._on_answers(event)
             case PullEnded():
-                return [PushAllAgain(event.shard)] if self._step_is_open else []
+                return [PushAllAgain(event.shard)] if self._has_pushed else []
             case LaneAsked():
                 return self._want(event.version, [event.lane])
             case LaneTold():
@@ -126,6 +133,12 @@ class Stepper:
     @property
     def _step_is_open(self) -> bool:
         return self.phase in (Phase.RUNNING, Phase.WAITING)
+
+    @property
+    def _has_pushed(self) -> bool:
+        """What may be needed still."""
+        is_at_work = self.phase not in (Phase.SPARE, Phase.DONE)
+        return self._step_is_open or (is_at_work and self._config.train.staleness > 0)
 
     # ---- plans, states, versions ---------------------------------------------------------------------------------------
 
@@ -162,9 +175,9 @@ class Stepper:
             return [self._abandon(), Rest(plan)]
         self._replica, self._stage = plan.replicas[seat[0]], seat[1]
         begins_at = self._replica.begins_at
-        first, pull = self._go_to(max(self._published, begins_at))
+        abandon, pull = self._go_to(max(self._published, begins_at))
         self._lane_by_lane = self._published > begins_at or (self._published == begins_at and not is_fresh)
-        return [first, Begin(plan, *seat), pull]
+        return [abandon, Begin(plan, *seat), pull]
 
     def _on_peer_reseated(self, formed: PlanNumber) -> list[Effect]:
         """A neighbour that heard of the plan sooner has begun: this stage must not stay behind, and does not wait any more."""
@@ -180,7 +193,7 @@ class Stepper:
         if state in ("finished", "failed"):
             self.phase = Phase.DONE
             return [self._abandon(), Leave()]
-        return self._begin_step() if self.phase is Phase.HELD else []
+        return self._begin_step() if self.phase is Phase.HELD and state == "training" else []
 
     def _abandon(self) -> Abandon:
         self.attempt += 1
@@ -192,40 +205,68 @@ class Stepper:
         self._told.clear()
         self._asked.clear()
 
-    def _go_to(self, version: Version) -> list[Effect]:
-        """Drops what is under way, for `version`, whose step may be open already."""
+    def _go_to(self, step: Version) -> list[Effect]:
+        """Drops what is under way, for `step`, which may be open already."""
         abandon, self._lane_by_lane = self._abandon(), True
-        self.version, self.phase = version, Phase.PULLING
-        return [abandon, Pull(self.attempt, version)]
+        self.step, self.phase = step, Phase.PULLING
+        return [abandon, self._pull(self._reads(step))]
+
+    def _pull(self, version: int) -> Pull:
+        self._pulling = Version(version)
+        step = Version(self.step + (self.phase is Phase.WAITING))
+        return Pull(self.attempt, self._pulling, step, max(self._published, self._pulling))
 
     def _on_superseded(self, now: Version) -> list[Effect]:
         self._published = max(now, self._published)
-        return self._go_to(max(now, self.version))
+        return self._go_to(max(now, self.step))
 
-    def _on_peer_ahead(self, version: Version) -> list[Effect]:
-        """A neighbour is at a version that this stage neither has nor waits for: the others have closed its step."""
-        if self.phase in (Phase.SPARE, Phase.DONE) or version <= self.version + (self.phase is Phase.WAITING):
-            return []
-        self._published = version
-        return self._go_to(version)
+    def _on_peer_ahead(self, ahead: PeerAhead) -> list[Effect]:
+        """A neighbour knows a version that this stage neither has nor waits for: the others have closed its step."""
+        if self._replica is None or ahead.formed != self._replica.formed or self.phase is Phase.DONE:
+            return []  # what was true in another timeline may be undone in this one
+        self._published = max(ahead.version, self._published)
+        return self._go_to(ahead.version) if ahead.version > self.step + (self.phase is Phase.WAITING) else []
 
     def _on_pulled(self) -> list[Effect]:
-        if self.phase is Phase.WAITING:
-            self.version = Version(self.version + 1)
-            self._lane_by_lane = False
-            self._drop_reruns()
-        self._published = self.version
-        if self._awaited is not None and self._begins_at(self._awaited) <= self.version:
+        assert self._pulling is not None
+        self._loaded, self._pulling = self._pulling, None
+        self._published = max(self._loaded, self._published)
+        if self._awaited is not None and self._begins_at(self._awaited) <= self._loaded:
             return self._take_seat(self._awaited, is_fresh=True)
+        if self.phase is Phase.WAITING and self._loaded >= self._awaits:
+            self._advance()
         indices = self._validation_indices()
         if not indices:
-            return self._begin_step()
-        self.phase = Phase.VALIDATING
-        return [Validate(self.attempt, self.version, indices)]
+            return self._go_on()
+        self._validates_in, self.phase = self.phase, Phase.VALIDATING
+        return [Validate(self.attempt, self._loaded, indices)]
+
+    def _on_validated(self) -> list[Effect]:
+        self.phase = self._validates_in
+        return self._go_on()
+
+    def _go_on(self) -> list[Effect]:
+        """`_loaded` is in the parameters, and validated if it is to be."""
+        return [self._pull(self._loaded + 1)] if self.phase is Phase.WAITING else self._begin_step()
+
+    def _advance(self) -> None:
+        self.step, self.phase = Version(self.step + 1), Phase.PULLING
+        self._lane_by_lane = False
+        self._drop_reruns()
+
+    @property
+    def _awaits(self) -> Version:
+        """What must be in the parameters for the step after this one: what it reads; at the run's end every version there is; and
+        before another seat is taken up, the version from which it begins: until then all is needed that was pushed in this one.
+        """
+        following = self.step + 1
+        if self._awaited is not None and self._begins_at(self._awaited) <= following:
+            return self._begins_at(self._awaited)
+        return Version(following if following >= self._config.train.last_step else self._reads(following))
 
     def _validation_indices(self) -> tuple[int, ...]:
         """Validation micro-batch e belongs to lane e mod L."""
-        if self.replica is None or self.replica.is_shadow or not validates_at(self.version, self._config):
+        if self.replica is None or self.replica.is_shadow or not validates_at(self._loaded, self._config):
             return ()
         lanes, count = self._lanes, self._config.validation.num_micro_batches
         return tuple(index for index in range(count) if lanes >> index % self._config.train.lanes & 1)
@@ -238,44 +279,55 @@ class Stepper:
     # ---- a step --------------------------------------------------------------------------------------------------------
 
     def _begin_step(self) -> list[Effect]:
-        if self.version >= self._config.train.last_step:
+        if self.step >= self._config.train.last_step:
+            if self._loaded < self.step:
+                return [self._pull(self._loaded + 1)]  # to validate it
             self.phase = Phase.DONE
             return []
         if self._state != "training":
-            self.phase = Phase.HELD
-            return []
+            self.phase = Phase.HELD  # and validates what may be the last version
+            return [self._pull(self._loaded + 1)] if self._loaded < self.step else []
         if self.replica is None:
             return []
+        if self._pulling is not None or self._loaded != self._reads(self.step):
+            return self._go_to(self.step)  # it was to be the last, and is not: a later version has been loaded
         self.phase = Phase.RUNNING
         lanes = tuple(lane(each) for each in lanes_of(self._lanes))
         # A shadow takes no block of another apart: what it has pushed of one would have to be left out by the other.
         blocks = lanes if self._lane_by_lane and not self.replica.is_shadow else self.replica.blocks
-        return [Ask(Version(self.version + 1)), Run(self.attempt, self.version, blocks)]
+        early = [Ask(Version(self._loaded + 1))] if self._loaded < self._awaits else []
+        return [*early, Run(self.attempt, self.step, blocks)]
+
+    def _on_ran(self, published: Version) -> list[Effect]:
+        if self._config.train.staleness and published > self.step:
+            return self._on_superseded(published)  # what the next step reads may still be here, and that step be closed, too
+        return self._next_run()
 
     def _next_run(self) -> list[Effect]:
         if not self._queue:
             self.phase = Phase.WAITING
-            return [Pull(self.attempt, Version(self.version + 1))]
+            if self._pulling is None and self._loaded >= self._awaits:
+                self._advance()
+            return self._go_on()
         again = self._queue.pop(0)
         # The first stage is the last to finish a run, so nobody still waits for a transfer that is void from now on.
         announce = self._announce(again) if self._stage == 0 else []
-        return [*announce, Run(self.attempt, self.version, (lane(again),), again=True)]
+        return [*announce, Run(self.attempt, self.step, (lane(again),), again=True)]
 
     def _on_answers(self, answered: Answered) -> list[Effect]:
-        if answered.version != self.version or not self._step_is_open:
-            return []
         again = tuple(each.key for each in answered.refusals if each.outcome in ("not_yet", "not_owner"))
         missing: list[Lane] = []
         for refusal in answered.refusals:
-            missing += [Lane(each) for block in refusal.missing for each in block.lanes if refusal.outcome == "overlaps"]
+            if refusal.outcome == "overlaps" and refusal.key.step == int(self.step):
+                missing += [Lane(each) for block in refusal.missing for each in block.lanes]
         effects: list[Effect] = [PushAgain(again)] if again else []
-        return effects + self._want(answered.version, missing)
+        return effects + self._want(self.step, missing)
 
     # ---- lanes that run again ------------------------------------------------------------------------------------------
 
     def _may_run_again(self, version: Version, wanted: Lane) -> bool:
         mine = bool(self._lanes >> wanted & 1)
-        return version == self.version and self._step_is_open and mine and wanted not in self._told
+        return version == self.step and self._step_is_open and mine and wanted not in self._told
 
     def _want(self, version: Version, wanted: list[Lane]) -> list[Effect]:
         """The first stage runs them again; another one asks the stage before, once."""
@@ -303,4 +355,4 @@ class Stepper:
 
     def _announce(self, again: Lane) -> list[Effect]:
         is_last = self.replica is None or self._stage + 1 == len(self.replica.workers)
-        return [Reopen(self.version, again), *([] if is_last else [TellBelow(self.version, again)])]
+        return [Reopen(self.step, again), *([] if is_last else [TellBelow(self.step, again)])]

@@ -50,7 +50,16 @@ ABOVE, ME, BELOW = (Incarnation(each) for each in ("worker-a", "worker-b", "work
 SHARD = Incarnation("shard-a")
 ORIGIN = Timeline(0, Version(0))
 BLOCKS = (Block(Lane(0), 2),)
-KEY = Key(ChunkId(3), SiteIndex(0), BLOCKS[0])
+KEY = Key(Version(2), ChunkId(3), SiteIndex(0), BLOCKS[0])
+
+
+def pull(attempt: int, version: Version) -> Pull:
+    """Under BSP: for the step from it, and nobody knows of a later one."""
+    return Pull(attempt, version, version, version)
+
+
+def ran(attempt: int) -> Ran:
+    return Ran(attempt, Version(0))
 
 
 def config(**changes: object) -> Config:
@@ -87,28 +96,28 @@ def at_work(version: int = 0, *, is_first_step: bool = False, **changes: object)
     if stepper.phase is Phase.VALIDATING:
         stepper.handle(Validated(stepper.attempt))
     if not is_first_step:
-        stepper.handle(Ran(stepper.attempt))
+        stepper.handle(ran(stepper.attempt))
         stepper.handle(Pulled(stepper.attempt))
-    assert (stepper.phase, stepper.version) == (Phase.RUNNING, version)
+    assert (stepper.phase, stepper.step) == (Phase.RUNNING, version)
     return stepper
 
 
 def test_a_step_from_plan_to_next_version() -> None:
     stepper = Stepper(ME, config())
     one = plan()
-    assert stepper.handle(PlanAdopted(one)) == [Abandon(), Begin(one, 0, 1), Pull(1, Version(0))]
+    assert stepper.handle(PlanAdopted(one)) == [Abandon(), Begin(one, 0, 1), pull(1, Version(0))]
     lanes = (lane(0), lane(1))  # the step may have been open before this plan
     assert stepper.handle(Pulled(1)) == [Ask(Version(1)), Run(1, Version(0), lanes)]
-    assert stepper.handle(Ran(1)) == [Pull(1, Version(1))]
+    assert stepper.handle(ran(1)) == [pull(1, Version(1))]
     assert stepper.handle(Pulled(1)) == [Ask(Version(2)), Run(1, Version(1), BLOCKS)]
 
 
 def test_a_version_that_is_past_leads_to_the_present_one() -> None:
     stepper = Stepper(ME, config())
     stepper.handle(PlanAdopted(plan()))
-    assert stepper.handle(Superseded(1, Version(4))) == [Abandon(), Pull(2, Version(4))]
+    assert stepper.handle(Superseded(1, Version(4))) == [Abandon(), pull(2, Version(4))]
     assert stepper.handle(Superseded(1, Version(5))) == [], "of a pull that was abandoned"
-    assert stepper.handle(Superseded(2, Version(4))) == [Abandon(), Pull(3, Version(4))], "the pull is over: another one"
+    assert stepper.handle(Superseded(2, Version(4))) == [Abandon(), pull(3, Version(4))], "the pull is over: another one"
     assert stepper.handle(Pulled(3)) == [Ask(Version(5)), Run(3, Version(4), (lane(0), lane(1)))]
 
 
@@ -116,8 +125,8 @@ def test_a_new_plan_abandons_the_step_and_begins_it_again_lane_by_lane() -> None
     stepper = at_work(2)
     two = plan(epoch=2)
     attempt = stepper.attempt
-    assert stepper.handle(PlanAdopted(two)) == [Abandon(), Begin(two, 0, 1), Pull(attempt + 1, Version(2))]
-    assert stepper.handle(Ran(attempt)) == [], "the end of what was abandoned"
+    assert stepper.handle(PlanAdopted(two)) == [Abandon(), Begin(two, 0, 1), pull(attempt + 1, Version(2))]
+    assert stepper.handle(ran(attempt)) == [], "the end of what was abandoned"
     assert stepper.handle(Pulled(attempt + 1)) == [Ask(Version(3)), Run(attempt + 1, Version(2), (lane(0), lane(1)))]
 
 
@@ -125,8 +134,8 @@ def test_a_plan_that_leaves_the_replica_as_it_is_changes_only_where_its_shards_a
     stepper = at_work(2)
     two = plan(epoch=2, formed=1)
     assert stepper.handle(PlanAdopted(two)) == [Reroute(two)]
-    assert (stepper.phase, stepper.version) == (Phase.RUNNING, 2)
-    assert stepper.handle(Ran(stepper.attempt)) == [Pull(stepper.attempt, Version(3))]
+    assert (stepper.phase, stepper.step) == (Phase.RUNNING, 2)
+    assert stepper.handle(ran(stepper.attempt)) == [pull(stepper.attempt, Version(3))]
 
 
 def test_a_seat_for_a_later_version_waits_for_it_and_runs_whole_blocks_then() -> None:
@@ -134,10 +143,10 @@ def test_a_seat_for_a_later_version_waits_for_it_and_runs_whole_blocks_then() ->
     two = plan(epoch=2, workers=(ME, ABOVE, BELOW), begins_at=4)
     assert stepper.handle(PlanAdopted(two)) == [Reroute(two)]
     for version in (2, 3):
-        assert stepper.version == version
-        assert stepper.handle(Ran(stepper.attempt)) == [Pull(stepper.attempt, Version(version + 1))]
+        assert stepper.step == version
+        assert stepper.handle(ran(stepper.attempt)) == [pull(stepper.attempt, Version(version + 1))]
         effects = stepper.handle(Pulled(stepper.attempt))
-    assert effects == [Abandon(), Begin(two, 0, 0), Pull(stepper.attempt, Version(4))]
+    assert effects == [Abandon(), Begin(two, 0, 0), pull(stepper.attempt, Version(4))]
     assert stepper.handle(Pulled(stepper.attempt)) == [Ask(Version(5)), Run(stepper.attempt, Version(4), BLOCKS)]
 
 
@@ -145,7 +154,7 @@ def test_who_has_no_seat_any_more_works_until_the_others_have_begun() -> None:
     stepper = at_work(2)
     two = plan(epoch=2, workers=(ABOVE, Incarnation("worker-d"), BELOW), begins_at=3)
     assert stepper.handle(PlanAdopted(two)) == [Reroute(two)]
-    stepper.handle(Ran(stepper.attempt))
+    stepper.handle(ran(stepper.attempt))
     assert stepper.handle(Pulled(stepper.attempt)) == [Abandon(), Rest(two)]
     assert stepper.phase is Phase.SPARE
 
@@ -153,7 +162,7 @@ def test_who_has_no_seat_any_more_works_until_the_others_have_begun() -> None:
 def test_a_newcomer_goes_straight_to_the_version_where_its_replica_begins() -> None:
     stepper = Stepper(ME, config())
     one = plan(begins_at=5)
-    assert stepper.handle(PlanAdopted(one)) == [Abandon(), Begin(one, 0, 1), Pull(1, Version(5))]
+    assert stepper.handle(PlanAdopted(one)) == [Abandon(), Begin(one, 0, 1), pull(1, Version(5))]
     assert stepper.handle(Pulled(1)) == [Ask(Version(6)), Run(1, Version(5), BLOCKS)]
 
 
@@ -161,10 +170,10 @@ def test_a_death_before_that_version_calls_everybody_to_the_open_step() -> None:
     newcomer, seated = Stepper(ME, config()), at_work(2)
     later, now = plan(epoch=2, workers=(ME, ABOVE, BELOW), begins_at=5), plan(epoch=3, workers=(ME, ABOVE, BELOW))
     newcomer.handle(PlanAdopted(later))
-    assert newcomer.handle(PlanAdopted(now)) == [Abandon(), Begin(now, 0, 0), Pull(2, Version(0))], "where it is, shards say"
-    assert newcomer.handle(Superseded(2, Version(2))) == [Abandon(), Pull(3, Version(2))]
+    assert newcomer.handle(PlanAdopted(now)) == [Abandon(), Begin(now, 0, 0), pull(2, Version(0))], "where it is, shards say"
+    assert newcomer.handle(Superseded(2, Version(2))) == [Abandon(), pull(3, Version(2))]
     seated.handle(PlanAdopted(later))
-    assert seated.handle(PlanAdopted(now)) == [Abandon(), Begin(now, 0, 0), Pull(seated.attempt, Version(2))]
+    assert seated.handle(PlanAdopted(now)) == [Abandon(), Begin(now, 0, 0), pull(seated.attempt, Version(2))]
     assert seated.handle(Pulled(seated.attempt))[1] == Run(seated.attempt, Version(2), (lane(0), lane(1)))
 
 
@@ -174,7 +183,7 @@ def test_nobody_stays_behind_a_neighbour_that_has_begun(neighbour_first: bool) -
     stepper, two = at_work(2), plan(epoch=2, workers=(ME, ABOVE, BELOW), begins_at=4)
     heard = [PlanAdopted(two), PeerReseated(PlanNumber(1, 2))]
     *_, last = [stepper.handle(event) for event in (reversed(heard) if neighbour_first else heard)]
-    assert last == [Abandon(), Begin(two, 0, 0), Pull(stepper.attempt, Version(4))]
+    assert last == [Abandon(), Begin(two, 0, 0), pull(stepper.attempt, Version(4))]
 
 
 def test_an_old_plan_is_ignored() -> None:
@@ -188,25 +197,25 @@ def test_without_a_seat_a_worker_rests_until_a_plan_has_one() -> None:
     stepper = Stepper(ME, config())
     without = plan(workers=(ABOVE, Incarnation("worker-x"), BELOW))
     assert stepper.handle(PlanAdopted(without)) == [Abandon(), Rest(without)]
-    assert stepper.handle(PeerAhead(Version(3))) == []
+    assert stepper.handle(PeerAhead(Version(3), PlanNumber(1, 1))) == []
     two = plan(epoch=2)
-    assert stepper.handle(PlanAdopted(two)) == [Abandon(), Begin(two, 0, 1), Pull(2, Version(0))]
+    assert stepper.handle(PlanAdopted(two)) == [Abandon(), Begin(two, 0, 1), pull(2, Version(0))]
 
 
 def test_a_new_timeline_takes_a_worker_back() -> None:
     stepper = at_work(4)
     back = plan(epoch=2, timeline=Timeline(1, Version(2), "d" * 64))
-    assert stepper.handle(PlanAdopted(back))[-1] == Pull(stepper.attempt, Version(2))
+    assert stepper.handle(PlanAdopted(back))[-1] == pull(stepper.attempt, Version(2))
 
 
 @pytest.mark.parametrize(("phase", "ahead", "goes"), [("running", 3, True), ("waiting", 3, False), ("waiting", 4, True)])
 def test_a_peer_ahead_ends_a_step_that_is_closed(phase: str, ahead: int, goes: bool) -> None:
     stepper = at_work(2)
     if phase == "waiting":
-        stepper.handle(Ran(stepper.attempt))
-    effects = stepper.handle(PeerAhead(Version(ahead)))
-    assert effects == ([Abandon(), Pull(stepper.attempt, Version(ahead))] if goes else [])
-    assert stepper.handle(PeerAhead(Version(2))) == []
+        stepper.handle(ran(stepper.attempt))
+    effects = stepper.handle(PeerAhead(Version(ahead), PlanNumber(1, 1)))
+    assert effects == ([Abandon(), pull(stepper.attempt, Version(ahead))] if goes else [])
+    assert stepper.handle(PeerAhead(Version(2), PlanNumber(1, 1))) == []
 
 
 # ---- states -------------------------------------------------------------------------------------------------------------
@@ -215,7 +224,7 @@ def test_a_peer_ahead_ends_a_step_that_is_closed(phase: str, ahead: int, goes: b
 def test_a_paused_run_begins_no_other_step_and_finishes_this_one() -> None:
     stepper = at_work(2)
     assert stepper.handle(StateChanged("paused")) == []
-    assert stepper.handle(Ran(stepper.attempt)) == [Pull(stepper.attempt, Version(3))]
+    assert stepper.handle(ran(stepper.attempt)) == [pull(stepper.attempt, Version(3))]
     assert stepper.handle(Pulled(stepper.attempt)) == []
     assert stepper.phase is Phase.HELD
     assert stepper.handle(StateChanged("training")) == [Ask(Version(4)), Run(stepper.attempt, Version(3), BLOCKS)]
@@ -230,7 +239,7 @@ def test_the_end_of_the_run_ends_everything(state: str) -> None:
 
 def test_the_last_version_is_validated_and_no_step_begins() -> None:
     stepper = at_work(5)
-    stepper.handle(Ran(stepper.attempt))
+    stepper.handle(ran(stepper.attempt))
     # Validation micro-batch e belongs to lane e mod 4, and this replica has lanes 0 and 1.
     assert stepper.handle(Pulled(stepper.attempt)) == [Validate(stepper.attempt, Version(6), (0, 1, 4, 5))]
     assert stepper.handle(Validated(stepper.attempt)) == []
@@ -239,14 +248,14 @@ def test_the_last_version_is_validated_and_no_step_begins() -> None:
 
 def test_validation_comes_before_the_step_when_it_is_due() -> None:
     stepper = at_work(1, **{"validation.every_steps": 2})
-    stepper.handle(Ran(stepper.attempt))
+    stepper.handle(ran(stepper.attempt))
     assert stepper.handle(Pulled(stepper.attempt)) == [Validate(stepper.attempt, Version(2), (0, 1, 4, 5))]
     assert stepper.handle(Validated(stepper.attempt)) == [Ask(Version(3)), Run(stepper.attempt, Version(2), BLOCKS)]
 
 
 def test_a_run_that_stops_early_ends_at_that_version() -> None:
     stepper = at_work(2, **{"train.stop_at_step": 3})
-    stepper.handle(Ran(stepper.attempt))
+    stepper.handle(ran(stepper.attempt))
     assert stepper.handle(Pulled(stepper.attempt)) == []
     assert stepper.phase is Phase.DONE
 
@@ -258,10 +267,9 @@ def test_a_run_that_stops_early_ends_at_that_version() -> None:
 def test_what_was_not_taken_is_pushed_again(phase: str) -> None:
     stepper = at_work(2)
     if phase == "waiting":
-        stepper.handle(Ran(stepper.attempt))
+        stepper.handle(ran(stepper.attempt))
     refusals = (Refusal(KEY, "not_yet"), Refusal(KEY, "stale"), Refusal(KEY, "not_owner"))
-    assert stepper.handle(Answered(Version(2), refusals)) == [PushAgain((KEY, KEY))]
-    assert stepper.handle(Answered(Version(1), refusals)) == [], "of a step that is over"
+    assert stepper.handle(Answered(refusals)) == [PushAgain((KEY, KEY))]
 
 
 def test_a_pull_that_ends_early_has_everything_pushed_again() -> None:
@@ -272,7 +280,7 @@ def test_a_pull_that_ends_early_has_everything_pushed_again() -> None:
 
 
 def overlaps(*lanes: int) -> Answered:
-    return Answered(Version(2), (Refusal(KEY, "overlaps", tuple(lane(each) for each in lanes)),))
+    return Answered((Refusal(KEY, "overlaps", tuple(lane(each) for each in lanes)),))
 
 
 def test_a_middle_stage_asks_upwards_once_and_runs_what_it_is_told() -> None:
@@ -283,8 +291,8 @@ def test_a_middle_stage_asks_upwards_once_and_runs_what_it_is_told() -> None:
     assert stepper.handle(LaneAsked(Version(2), Lane(0))) == [AskAbove(Version(2), Lane(0))]
     assert stepper.handle(LaneTold(Version(2), Lane(1))) == [Reopen(Version(2), Lane(1)), TellBelow(Version(2), Lane(1))]
     assert stepper.handle(LaneTold(Version(2), Lane(1))) == [], "a second stream said it again"
-    assert stepper.handle(Ran(stepper.attempt)) == [Run(stepper.attempt, Version(2), (lane(1),), again=True)]
-    assert stepper.handle(Ran(stepper.attempt)) == [Pull(stepper.attempt, Version(3))]
+    assert stepper.handle(ran(stepper.attempt)) == [Run(stepper.attempt, Version(2), (lane(1),), again=True)]
+    assert stepper.handle(ran(stepper.attempt)) == [pull(stepper.attempt, Version(3))]
 
 
 def test_a_lane_that_is_not_this_replicas_is_not_run() -> None:
@@ -296,7 +304,7 @@ def test_a_lane_that_is_not_this_replicas_is_not_run() -> None:
 
 def test_waiting_for_the_next_version_gives_way_to_a_lane() -> None:
     stepper = at_work(2)
-    stepper.handle(Ran(stepper.attempt))
+    stepper.handle(ran(stepper.attempt))
     attempt = stepper.attempt
     assert stepper.handle(LaneTold(Version(2), Lane(0))) == [
         Reopen(Version(2), Lane(0)),
@@ -305,7 +313,7 @@ def test_waiting_for_the_next_version_gives_way_to_a_lane() -> None:
         Run(attempt + 1, Version(2), (lane(0),), again=True),
     ]
     assert stepper.handle(Pulled(attempt)) == []
-    assert stepper.handle(Ran(attempt + 1)) == [Pull(attempt + 1, Version(3))]
+    assert stepper.handle(ran(attempt + 1)) == [pull(attempt + 1, Version(3))]
 
 
 class Chain:
@@ -347,7 +355,7 @@ class Chain:
         if isinstance(work, Run) and work.again:
             self.runs[first].append(work.blocks[0].first)
         attempt = self.steppers[first].attempt
-        self.feed(first, Ran(attempt) if isinstance(work, Run) else Pulled(attempt))
+        self.feed(first, ran(attempt) if isinstance(work, Run) else Pulled(attempt))
         return True
 
     def can_end(self, stage: int) -> bool:
