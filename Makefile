@@ -93,6 +93,9 @@ evidence: setup
 	.venv/bin/python -m benchmarks.outage --json docs/evidence/outage.json
 	.venv/bin/python -m benchmarks.straggler --json docs/evidence/straggler.json
 	.venv/bin/python -m benchmarks.compression --json docs/evidence/compression.json
+	.venv/bin/python -m benchmarks.consistency --json docs/evidence/consistency.json
+	.venv/bin/python -m benchmarks.links --json docs/evidence/links.json # needs root, for network namespaces
+	.venv/bin/python -m benchmarks.plots docs/evidence
 	rm -rf runs/evidence # a run in an old folder would go on from there
 	.venv/bin/shardlane chaos --run-dir runs/evidence/kills --stages 3 --replicas 1 --faults 30 $(HASTE) --check --json docs/evidence/chaos.json
 	.venv/bin/shardlane chaos --run-dir runs/evidence/hangs --faults 5 --kinds stop,half-open $(HASTE) --check \

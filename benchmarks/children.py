@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -15,14 +16,28 @@ from shardlane.process import process_environment
 STOP_SECONDS = 10.0
 
 
+def free_port() -> int:
+    """One that was free a moment ago; rendezvous by address takes no listening socket."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return int(listener.getsockname()[1])
+
+
 class Child:
     """`python -m module *arguments`, with the threads and the malloc that our services run with: peers have them, too."""
 
-    def __init__(self, module: str, *arguments: str, threads: int = 1, environment: dict[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        module: str,
+        *arguments: str,
+        threads: int = 1,
+        environment: dict[str, str] | None = None,
+        prefix: Sequence[str] = (),
+    ) -> None:
+        """`prefix`: a command that runs another one, somewhere else."""
         variables = {**os.environ, **process_environment(threads), **(environment or {})}
         self._name = " ".join((module, *arguments))
         self._process = subprocess.Popen(
-            [sys.executable, "-m", module, *arguments],
+            [*prefix, sys.executable, "-m", module, *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=variables,

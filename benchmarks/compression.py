@@ -1,7 +1,8 @@
 """What each code for pushed gradients saves in bytes, and what it costs in validation loss.
 
 Bytes are what the workers of a real cluster push with one lane a replica, payloads alone. Losses are the reference's, which
-computes what a cluster computes, bit for bit: every code with every seed, the same tokens.
+computes what a cluster computes, bit for bit: every code with every seed, the same tokens. With local steps (DiLoCo) a step
+is one of theirs.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import statistics
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -37,8 +38,10 @@ CHANGES = {
     "cluster.replicas": NUM_LANES,
     "cluster.shards": 1,
 }
+LOCAL_STEPS = 50
 DENSE = "fp32"
-CODES: dict[str, dict[str, object]] = {
+Modes = Mapping[str, Mapping[str, object]]
+CODES: Modes = {
     DENSE: {"communication.touched_rows": False},
     "fp32, touched rows": {},
     "bf16": {"communication.push": "bf16"},
@@ -46,45 +49,69 @@ CODES: dict[str, dict[str, object]] = {
     "int8": {"communication.push": "int8"},
     "int8, stochastic": {"communication.push": "int8_stochastic"},
     "top-k 1 %, int8": {"communication.push": "top_k_int8"},
+    "DiLoCo, H = 50, int8": {
+        "communication.push": "int8",
+        "train.local_steps": LOCAL_STEPS,
+        "optimizer.name": "nesterov",
+        "optimizer.learning_rate": 0.7,
+        "optimizer.weight_decay": 0.0,
+        "optimizer.max_grad_norm": 0.0,
+    },
 }
-SAVED = {"int8": 3.8, "int8, stochastic": 3.8, "top-k 1 %, int8": 60.0}  # at least so many times fewer bytes
-WORSE = {"int8": 0.005, "int8, stochastic": 0.005, "bf16": 0.005, "fp16": 0.005, "top-k 1 %, int8": 0.03}  # or two deviations
-PUSHED, STEPS = "shardlane_worker_pushed_bytes_total", "shardlane_worker_step_seconds_count"
+SAVED = {"int8": 3.8, "int8, stochastic": 3.8, "top-k 1 %, int8": 60.0, "DiLoCo, H = 50, int8": 150.0}  # times fewer, at least
+WORSE = {"int8": 0.005, "int8, stochastic": 0.005, "bf16": 0.005, "fp16": 0.005}  # or two deviations
+WORSE |= {"top-k 1 %, int8": 0.03, "DiLoCo, H = 50, int8": 0.03}
+PUSHED = "shardlane_worker_pushed_bytes_total"
+
+
+def with_code(config: Config, changes: Mapping[str, object]) -> Config:
+    """The same tokens: with local steps there are as many of these as steps otherwise."""
+    local_steps = int(str(changes.get("train.local_steps", 1)))
+    sizes = {
+        "train.global_batch_size": config.train.global_batch_size * local_steps,
+        "train.max_steps": max(1, config.train.max_steps // local_steps),
+    }
+    return config.with_changes({**sizes, **changes})
 
 
 def bytes_a_step(config: Config, run_dir: Path, num_steps: int) -> float:
-    """What all workers push in a step, on average over a run of `num_steps`; they make one more, so that none is half done."""
+    """What all workers push in a step, on average over `num_steps` and more, between two pauses."""
     with Fleet(config.with_changes({"train.max_steps": 1_000_000, "schedule.warmup_steps": 0}), run_dir) as fleet:
         workers = fleet.workers()
-        before = [(counter(each, PUSHED), counter(each, STEPS)) for each in workers]
-        target = max(steps for _, steps in before) + num_steps
-        fleet.wait(lambda status: status.version > target)
-        after = [(counter(each, PUSHED), counter(each, STEPS)) for each in workers]
-    pushed = sum(late - early for (early, _), (late, _) in zip(before, after, strict=True))
-    steps = sum(late - early for (_, early), (_, late) in zip(before, after, strict=True)) / len(workers)
-    return pushed / steps
+        looks = []
+        for _ in range(2):
+            version = fleet.pause()
+            looks.append((version, sum(counter(each, PUSHED) for each in workers)))
+            fleet.resume()
+            fleet.wait(lambda status, version=version: status.version >= version + num_steps)  # type: ignore[misc]
+    (early, pushed_before), (late, pushed) = looks
+    return (pushed - pushed_before) / (late - early) / config.train.local_steps
 
 
-def validation_loss(config: Config) -> float:
-    """Of the reference, in a process of its own."""
+def trained(config: Config) -> tuple[float, list[float]]:
+    """The reference's validation loss, and the training loss of every step on the way; in a process of its own."""
     from shardlane.data import open_token_folder
     from shardlane.reference import Reference
 
     tokens = open_token_folder(config.data.path, model_vocab_size=config.model.vocab_size, verify=False)
     reference = Reference(config, tokens)
-    for _ in reference.run():
-        pass
-    return reference.validation_loss()
+    curve = [float(row["loss"]) for row in reference.run() if "loss" in row]
+    return reference.validation_loss(), curve
 
 
-def losses(config: Config, seeds: Sequence[int], processes: int) -> dict[str, list[float]]:
-    """Of every code, by seed."""
-    jobs = [(name, config.with_changes({**changes, "train.seed": seed})) for name, changes in CODES.items() for seed in seeds]
-    found: dict[str, list[float]] = {name: [] for name in CODES}
+def losses(report: Report, config: Config, modes: Modes, seeds: Sequence[int], processes: int) -> dict[str, list[float]]:
+    """Validation losses of every mode, by seed; the curves of the first seed go into the report."""
+    jobs = [(name, with_code(config, {**changes, "train.seed": seed})) for name, changes in modes.items() for seed in seeds]
+    found: dict[str, list[float]] = {name: [] for name in modes}
+    curves: dict[str, dict[str, list[float]]] = {}
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
-        for (name, _), loss in zip(jobs, pool.map(validation_loss, [each for _, each in jobs]), strict=True):
+        for (name, job), (loss, curve) in zip(jobs, pool.map(trained, [each for _, each in jobs]), strict=True):
             found[name].append(loss)
+            if name not in curves:
+                tokens_a_step = job.train.global_batch_size * job.train.seq_len
+                curves[name] = {"tokens": [tokens_a_step * (t + 1) for t in range(len(curve))], "loss": curve}
             print(f"{name}: validation loss {loss:.4f}", file=sys.stderr)
+    report.extra["curves"] = curves
     return found
 
 
@@ -122,10 +149,11 @@ def main(argv: list[str]) -> int:
         config = config.with_changes({"data.path": str(data)})
         pushed = {}
         for index, (name, changes) in enumerate(CODES.items()):
-            pushed[name] = bytes_a_step(config.with_changes(changes), folder / f"run-{index}", num_steps=10)
+            coded = with_code(config, changes)
+            pushed[name] = bytes_a_step(coded, folder / f"run-{index}", num_steps=1 + 10 // coded.train.local_steps)
             print(f"{name}: {pushed[name] / 1e6:.3f} MB a step", file=sys.stderr)
         seeds = [config.train.seed + index for index in range(options.rounds)]
-        report.samples = losses(config, seeds, options.processes)
+        report.samples = losses(report, config, CODES, seeds, options.processes)
     judge(report, pushed, report.samples)
     return harness.finish(report, options)
 

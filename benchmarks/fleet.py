@@ -12,7 +12,7 @@ from typing import Self
 
 from benchmarks.pipeline_cluster import Seen, seen
 from shardlane.cli.client import CoordinatorClient
-from shardlane.cli.cluster import Commands, service_commands
+from shardlane.cli.cluster import Command, Commands, service_commands
 from shardlane.cli.run_folder import RunFolder
 from shardlane.cli.supervisor import Child, Supervisor, child_environment
 from shardlane.config import Config
@@ -27,7 +27,11 @@ _POLL_SECONDS = 0.1
 class Fleet:
     """All processes of `config` in `run_dir`; the data must be prepared. Nothing is started again by itself."""
 
-    def __init__(self, config: Config, run_dir: Path) -> None:
+    def __init__(
+        self, config: Config, run_dir: Path, place: Callable[[str, Command], Command] = lambda name, command: command
+    ) -> None:
+        """`place` may change the command of a service, by its name."""
+        self._place = place
         self.folder = RunFolder(run_dir)
         self._supervisor = Supervisor(self.folder.logs, child_environment(os.environ, config.numerics.threads))
         file = self.folder.write_config(config, run_dir / "config.proposed.toml")
@@ -36,7 +40,8 @@ class Fleet:
         address = self.folder.coordinator_address()
         assert address is not None
         self.address = address
-        self.members = {name: self._supervisor.start(name, command) for name, command in self._commands.members(address).items()}
+        commands = {name: place(name, command) for name, command in self._commands.members(address).items()}
+        self.members = {name: self._supervisor.start(name, command) for name, command in commands.items()}
         self.wait(lambda status: status.state == coordinator_pb2.RUN_STATE_TRAINING and status.version > 0)
 
     def __enter__(self) -> Self:
@@ -47,7 +52,7 @@ class Fleet:
 
     def _start_coordinator(self, flags: list[str]) -> Child:
         self.folder.coordinator_file.unlink(missing_ok=True)
-        child = self._supervisor.start("coordinator", [*self._commands.coordinator, *flags])
+        child = self._supervisor.start("coordinator", self._place("coordinator", [*self._commands.coordinator, *flags]))
         if not self._supervisor.wait_for_file(child, self.folder.coordinator_file, WAIT_SECONDS):
             raise RuntimeError(f"the coordinator does not serve: {child.last_lines(5)}")
         return child
@@ -60,6 +65,18 @@ class Fleet:
         """At its old address; returns once every member has spoken to it."""
         self.coordinator = self._start_coordinator(["--bind", self.address])
         self.wait(lambda status: all(each.lease_age_seconds < 1.0 for each in status.members))
+
+    def pause(self) -> int:
+        """Waits until every worker has made its step and holds; the version then."""
+        with CoordinatorClient(self.address) as client:
+            client.control(coordinator_pb2.CONTROL_ACTION_PAUSE)
+        roles = coordinator_pb2.ROLE_WORKER
+        status = self.wait(lambda now: all(m.activity.startswith("held") for m in now.members if m.member.role == roles))
+        return int(status.version)
+
+    def resume(self) -> None:
+        with CoordinatorClient(self.address) as client:
+            client.control(coordinator_pb2.CONTROL_ACTION_RESUME)
 
     def status(self) -> GetStatusResponse | None:
         try:

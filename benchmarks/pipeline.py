@@ -13,10 +13,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks import harness
-from benchmarks.children import Child
+from benchmarks.children import Child, free_port
 from benchmarks.harness import Report, Spread, Target, alternate, arguments
 from benchmarks.pipeline_cluster import Measured, run_cluster
-from benchmarks.transport import free_port
 from shardlane.config import Config, load, to_toml
 from shardlane.prepare import ensure_prepared
 

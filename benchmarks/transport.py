@@ -6,14 +6,13 @@ pull) against a real shard beside torch.distributed.rpc (tensorpipe) and gloo's 
 
 from __future__ import annotations
 
-import socket
 import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
 
 from benchmarks import harness
-from benchmarks.children import Child
+from benchmarks.children import Child, free_port
 from benchmarks.harness import Report, Target, alternate, arguments
 from shardlane.process import prepare_process
 
@@ -70,12 +69,6 @@ def measure_rounds(report: Report, num_bytes: int, rounds: int) -> None:
         report.samples |= alternate(subjects, rounds=rounds, warm_up=2)
     report.compare("round, ours", "round, torch.distributed.rpc", name="round: ours / torch.distributed.rpc")
     report.compare("round, ours", "round, gloo all-reduce", name="round: ours / gloo all-reduce")
-
-
-def free_port() -> int:
-    """One that was free a moment ago; rendezvous by address takes no listening socket."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return int(listener.getsockname()[1])
 
 
 def main(argv: list[str]) -> int:

@@ -29,6 +29,10 @@ class Instruments:
                 "Chunks with fewer copies in sync than they are to have.",
                 lambda: _under_replicated(run),
             ),
+            "clock_spread_steps": (
+                "Between the worker that is furthest on and the one that is least, of those with a seat.",
+                lambda: _clock_spread(run),
+            ),
             "run_state": ("1 gathering, 2 training, 3 paused, 4 finishing, 5 finished, 6 failed.", lambda: run.state),
         }
         for each, (help, read) in readings.items():
@@ -53,6 +57,12 @@ def _under_replicated(run: Run) -> float:
     cluster = run.config.cluster
     copies = cluster.num_copies(cluster.shards)
     return sum(len(placement.in_sync) < copies for placement in run.plan.placements)
+
+
+def _clock_spread(run: Run) -> float:
+    seated = {worker for replica in run.plan.replicas for worker in replica.workers} if run.plan else set()
+    steps = [state.version for state in run.members.states if state.registration.incarnation in seated]
+    return max(steps) - min(steps) if steps else 0
 
 
 def _count(run: Run, role: Role) -> float:

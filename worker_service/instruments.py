@@ -12,6 +12,7 @@ from shardlane.top_k import Residuals
 
 Phase = Literal["compute", "bubble", "pull_wait", "push_wait"]
 PHASES: tuple[Phase, ...] = ("compute", "bubble", "pull_wait", "push_wait")
+STALENESS = (0, 1, 2, 3, 4, 8, 16)  # bounds of the histogram's buckets
 
 
 class WorkerInstruments:
@@ -35,7 +36,10 @@ class WorkerInstruments:
         self.pulled_bytes = metrics.counter("shardlane_worker_pulled_bytes_total", "Parameter bytes received from shards.")
         self.tokens = metrics.counter("shardlane_worker_tokens_total", "Tokens whose gradients this stage computed.")
         self.loss = metrics.gauge("shardlane_worker_loss", "Mean loss of this replica's lanes in the last step, in nats.")
-        self.version = metrics.gauge("shardlane_worker_version", "The version that this stage works from.")
+        self.version = metrics.gauge("shardlane_worker_version", "The step that this stage computes, by the version before it.")
+        self.staleness = metrics.histogram(
+            "shardlane_worker_staleness_versions", "How much older than a step is what it is computed from.", buckets=STALENESS
+        )
         self.broken_streams = metrics.counter("shardlane_worker_broken_streams_total", "Streams to neighbours that broke.")
 
     def watch(self, inbox_bytes: Callable[[], float], push_queue_bytes: Callable[[], float], residuals: Residuals) -> None:

@@ -204,6 +204,7 @@ class Seat:
         seen that is gone on without sending the rest.
         """
         self._attempt, self._step, config = attempt, step, self._around.config
+        self._around.instruments.staleness.observe(step - config.train.reads(step))
         with self._around.instruments.computing(), suppress(StepClosed):
             if config.goes_by_lanes:
                 blocks = [lane(each) for block in blocks for each in block.lanes]

@@ -15,8 +15,9 @@ OPEN_MAX = 64  # versions that are validated or checkpointed at one time; the ol
 class Steps:
     """Summaries of steps, taken in order and once, whichever shard tells them."""
 
-    def __init__(self, version: Version) -> None:
+    def __init__(self, version: Version, staleness: int = 0) -> None:
         self.version = version  # steps below it are known
+        self._staleness = staleness  # steps that workers may be ahead of it
         self.newest: StepSummary | None = None
         self.tokens_per_second = 0.0
         self.num_skipped = 0
@@ -29,11 +30,11 @@ class Steps:
         self._since_seconds = now
 
     def forecast(self, now: float, ahead_seconds: float) -> Version:
-        """A version that is not published before `ahead_seconds` from now, if steps last as they did; 0: not known."""
+        """A step that nobody begins before `ahead_seconds` from now, if steps last as they did; 0: not known."""
         if self.newest is None or not self.tokens_per_second or self._since_seconds is None:
             return Version(0)
         step_seconds = self.newest.tokens / self.tokens_per_second
-        return Version(self.version + 2 + int((now - self._since_seconds + ahead_seconds) / step_seconds))
+        return Version(self.version + 2 + self._staleness + int((now - self._since_seconds + ahead_seconds) / step_seconds))
 
     def take(self, summaries: Iterable[StepSummary], now: float) -> list[TrainingRow]:
         """Rows of the steps that are new. Steps that came in one report share its time."""

@@ -51,7 +51,7 @@ class Run:
         self.checkpoint = beginning.checkpoint
         self.waiting_for = ""  # for people: what is missing while gathering
         self.failure = ""
-        self.steps = Steps(beginning.version)
+        self.steps = Steps(beginning.version, config.train.staleness)
         self.validations = Validations(config.validation.num_micro_batches)
         self.checkpoints = Checkpoints(len(Layout.of(config).chunks))
         self.members = Members(

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import harness, transport
+from benchmarks import harness, plots, transport
+from benchmarks.consistency import predicted_rate
 from benchmarks.harness import Report, Spread, Target, alternate
 from benchmarks.pipeline import ideal_bubble
 from benchmarks.pipeline_cluster import Seen, between
@@ -82,3 +83,20 @@ def test_the_paths_move_the_bytes_and_the_json_has_its_shape(tmp_path: Path) -> 
     assert {"push: ours / generated classes", "pull: ours / generated classes"} == set(figures["targets"])
     assert all(set(ratio) == {"median", "low", "high"} for ratio in figures["ratios"].values())
     assert len(figures["samples"]) == 8 and all(rate > 0 for rates in figures["samples"].values() for rate in rates)
+
+
+@pytest.mark.parametrize(("staleness", "slowdown", "expected"), [(0, 1.0, 1.0), (3, 1.0, 1.0), (0, 4.0, 0.3), (4, 4.0, 0.625)])
+def test_the_model_of_two_clocks(staleness: int, slowdown: float, expected: float) -> None:
+    """Where replicas may be far enough apart, each is slow half of the time: (1 + 1/4) / 2 of its speed is left."""
+    assert predicted_rate(staleness, slowdown=slowdown, turn_steps=4.0) == pytest.approx(expected, rel=0.06)
+
+
+def test_pictures_are_made_of_what_the_reports_say(tmp_path: Path) -> None:
+    spread = {"median": 2.0, "low": 1.5, "high": 2.5}
+    curves = {"BSP": {"tokens": [1.0, 2.0, 3.0], "loss": [3.0, 2.0, 1.5]}}
+    ratios = {"speed: a": spread, "loss: a": spread, "bytes: a": spread}
+    for name in ("consistency", "compression"):
+        (tmp_path / f"{name}.json").write_text(json.dumps({"ratios": ratios, "curves": curves}))
+    (tmp_path / "links.json").write_text(json.dumps({"ratios": {"1000 Mbit/s: a / DDP": spread, "100 Mbit/s: a / DDP": spread}}))
+    assert plots.main([str(tmp_path)]) == 0
+    assert {file.name for file in tmp_path.glob("*.png")} == {"consistency.png", "compression.png", "links.png"}

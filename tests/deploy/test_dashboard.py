@@ -89,7 +89,7 @@ def test_counters_are_shown_as_rates(repository: Path) -> None:
 
 
 def test_it_shows_what_people_look_for(repository: Path) -> None:
-    """The list of issue 2: a panel that is lost is missed."""
+    """A panel that is lost is missed."""
     shown = set().union(*map(metrics_in, expressions(repository)))
     wanted = """shardlane_coordinator_steps_done shardlane_coordinator_loss_nats shardlane_coordinator_tokens_per_second
         shardlane_coordinator_grad_norm shardlane_coordinator_learning_rate shardlane_worker_phase_seconds_total
@@ -97,7 +97,8 @@ def test_it_shows_what_people_look_for(repository: Path) -> None:
         grpc_server_handled_total
         grpc_server_handling_seconds_bucket shardlane_coordinator_lease_age_seconds shardlane_coordinator_skipped_steps
         shardlane_worker_push_queue_bytes shardlane_worker_inbox_bytes shardlane_shard_apply_seconds_bucket
-        shardlane_build_info"""
+        shardlane_build_info shardlane_worker_staleness_versions_bucket shardlane_coordinator_clock_spread_steps
+        shardlane_worker_residual_norm shardlane_shard_contributions_total"""
     assert set(wanted.split()) <= shown
 
 

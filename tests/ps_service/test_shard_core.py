@@ -57,11 +57,11 @@ def plan(*placements: Placement, epoch: int = 1, timeline: int = 0) -> Plan:
     return Plan(PlanNumber(1, epoch), RunId("r"), Timeline(timeline, Version(0)), members, (), (), placements)
 
 
-def core(me: Incarnation, sites: tuple[int, ...] = (1, 1), last: int = 9) -> ShardCore:
+def core(me: Incarnation, sites: tuple[int, ...] = (1, 1), last: int = 9, staleness: int = 0) -> ShardCore:
     def decision(step: Step, records: object) -> Decision:
         return decide(step, records, config=CONFIG, loss_chunk=X)  # type: ignore[arg-type]
 
-    return ShardCore(me, num_sites=sites, num_lanes=2, last_version=last, decide=decision)
+    return ShardCore(me, num_sites=sites, num_lanes=2, last_version=last, decide=decision, staleness=staleness)
 
 
 def push(block: Block, *, step: int = 0, chunk: ChunkId = X, site: int = 0, timeline: int = 0, loss: float = 1.0) -> Contribution:
