@@ -1,4 +1,4 @@
-"""Outboxes to the other shards: one thread and one connection each. A failed delivery is over; the core sends it again."""
+"""Outboxes to the other shards: a connection and two threads each. A failed delivery is over; the core sends it again."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import grpc
 from torch import Tensor
@@ -21,6 +22,9 @@ SERVICE = ps_pb2.DESCRIPTOR.services_by_name["ParameterShard"]
 RETRY_SECONDS = 0.2
 LINGER_SECONDS = 0.05  # that a call waits for more; its messages are on their way meanwhile, only its answer is not
 CALL_SECONDS_MAX = 5.0  # then its answer is wanted, however much there is
+
+
+Outcome = Literal["delivered", "lost", "lost with tensors", "dropped"]
 
 
 @dataclass(slots=True)
@@ -58,11 +62,11 @@ class Outbox:
         run_id: RunId,
         *,
         on_sent: Callable[[Parcel], None],
-        on_done: Callable[[Incarnation, list[Parcel], bool], None],
+        on_done: Callable[[Incarnation, list[Parcel], Outcome], None],
         on_plan: Callable[[coordinator_pb2.Plan], None],
     ) -> None:
-        """`on_sent` gets a parcel whose tensors have been copied out. `on_done` gets every parcel once, with whether the
-        receiver has processed it, as far as is known here; several that say one thing as one.
+        """`on_sent` gets a parcel whose tensors have been copied out. `on_done` gets every parcel once, with what became of it as
+        far as is known here; several that say one thing as one.
         """
         self.receiver = receiver
         self._run_id = run_id
@@ -81,6 +85,14 @@ class Outbox:
                 (self._heavy if parcel.tensors else self._light).waiting.append(parcel)
                 self._changed.notify_all()
 
+    def drop(self) -> None:
+        """Nothing that waits need be sent any more: it is of a plan that is past. Called under the shard's lock."""
+        with self._changed:
+            for lane in (self._light, self._heavy):
+                for parcel in lane.waiting:
+                    parcel.release()
+                lane.waiting.clear()
+
     def close(self) -> None:
         with self._changed:
             self._closed = True
@@ -90,18 +102,18 @@ class Outbox:
     def _run(self, lane: _Lane) -> None:
         while self._begin(lane):
             assert lane.call is not None
-            is_delivered = False
+            outcome: Outcome = "delivered"
             try:
                 answer = self._client.Deliver(self._pieces(lane, lane.call), timeout=rpc.WAIT_SECONDS)
             except (grpc.RpcError, ValueError):  # ValueError: the channel was closed under the call
                 with self._changed:
                     self._changed.wait_for(lambda: self._closed, RETRY_SECONDS)
+                outcome = "lost with tensors" if lane is self._heavy else "lost"
             else:
-                is_delivered = True
                 if answer.HasField("plan"):
                     self._on_plan(answer.plan)
-            self._on_done(self.receiver, self._end(lane), is_delivered)
-        self._on_done(self.receiver, list(lane.waiting), False)
+            self._on_done(self.receiver, self._end(lane, outcome), outcome)
+        self._on_done(self.receiver, list(lane.waiting), "dropped")
 
     def _begin(self, lane: _Lane) -> bool:
         """Waits for the first parcel of a call; False: the outbox is closed."""
@@ -110,10 +122,16 @@ class Outbox:
             lane.call = []
             return not self._closed
 
-    def _end(self, lane: _Lane) -> list[Parcel]:
+    def _end(self, lane: _Lane, outcome: Outcome) -> list[Parcel]:
+        """What was taken; and what waits behind tensors that are lost, for all of them are sent again: did they stay, every
+        failure would add to them.
+        """
         with self._changed:
             assert lane.call is not None
             taken, lane.call = lane.call, None
+            if outcome == "lost with tensors":
+                taken += lane.waiting
+                lane.waiting.clear()
             return taken
 
     def _pieces(self, lane: _Lane, call: list[Parcel]) -> Iterator[wire.Framed[ps_pb2.DeliverRequest]]:

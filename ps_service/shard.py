@@ -44,7 +44,7 @@ from ps_service.core.messages import (  # fmt: skip
 from ps_service.core.shard import ShardCore
 from ps_service.core.waiting import waits_for
 from ps_service.instruments import ShardInstruments
-from ps_service.peers import Outbox, Parcel
+from ps_service.peers import Outbox, Outcome, Parcel
 from ps_service.publication import Publications
 from ps_service.snapshots import SnapshotWriter
 from ps_service.store import TensorStore
@@ -196,6 +196,8 @@ class Shard:
     def _set_outboxes(self, plan: Plan) -> None:
         for gone in [each for each in self._outboxes if not plan.names(each)]:
             self._outboxes.pop(gone).close()
+        for outbox in self._outboxes.values():
+            outbox.drop()  # the core says it all again under the new plan; the old one would be refused, and with it what follows
         for peer in plan.shards:
             if peer != self.me and peer not in self._outboxes:
                 self._outboxes[peer] = Outbox(
@@ -211,14 +213,17 @@ class Shard:
         with self._lock:
             parcel.release()
 
-    def _on_done(self, peer: Incarnation, parcels: list[Parcel], is_delivered: bool) -> None:
+    def _on_done(self, peer: Incarnation, parcels: list[Parcel], outcome: Outcome) -> None:
+        """Only what goes the same way is sent again: sums that wait, or are under way, have not been lost with a record."""
         with self._lock:
             for parcel in parcels:
                 parcel.release()
-                if is_delivered:
+                if outcome == "delivered":
                     self._core.on_delivered(peer, parcel.envelope)
-            if not is_delivered and self._core.plan is not None:
-                self._do(self._core.on_lost(peer))
+            if self._core.plan is not None and outcome in ("lost", "lost with tensors"):
+                with_tensors = outcome == "lost with tensors"
+                lost = self._core.on_lost(peer)
+                self._do([each for each in lost if isinstance(each.envelope.message, Replicate | Refill) == with_tensors])
 
     # ---- effects -------------------------------------------------------------------------------------------------------
 

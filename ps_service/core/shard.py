@@ -145,7 +145,7 @@ class ShardCore:
         if isinstance(envelope.message, Records) and self.plan is not None and envelope.timeline == self.plan.timeline.id:
             self.book.delivered(to, envelope.message.records)
 
-    def on_lost(self, to: Incarnation) -> list[Effect]:
+    def on_lost(self, to: Incarnation) -> list[Send]:
         """A call to `to` has failed: sends it again what is not known to have arrived."""
         return [each for each in self._resend() if isinstance(each, Send) and each.to == to]
 

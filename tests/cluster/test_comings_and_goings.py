@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -10,11 +11,15 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.pipeline_cluster import counter
+from shardlane import config as configs
 from shardlane.cli.client import CoordinatorClient
 from shardlane.cli.run_folder import RunFolder
 from shardlane.errors import UserError
+from shardlane.manifest import tensor_names
+from shardlane.partition import BYTES_PER_ELEMENT, Layout
 from shardlane.pb import coordinator_pb2
-from tests.cluster.processes import SECONDS_MAX, Run, assert_as_undisturbed
+from tests.cluster.processes import SECONDS_MAX, TINY, Run, assert_as_undisturbed
 
 LEAVE_SECONDS_MAX = 30.0
 
@@ -49,6 +54,24 @@ class Guests:
     def wait_status(self, what: str, is_true: Callable[[coordinator_pb2.GetStatusResponse], bool]) -> None:
         self._run.wait(what, lambda: (status := self.status()) is not None and is_true(status))
 
+    def refilled_share(self, shard: str) -> float:
+        """Bytes that a shard which has joined was sent, over an equal share of all there are."""
+        status = self.status()
+        assert status is not None
+        (member,) = [each for each in status.members if each.member.incarnation == shard]
+        config = configs.load(TINY)
+        tensors = len(tensor_names(config.optimizer.name, config.train.staleness))
+        num_shards = sum(each.member.role == coordinator_pb2.ROLE_SHARD for each in status.members)
+        share = (
+            Layout.of(config).num_parameters * BYTES_PER_ELEMENT * tensors * config.cluster.num_copies(num_shards) / num_shards
+        )
+        return counter(member.metrics_address, "shardlane_shard_refilled_bytes_total") / share
+
+    def newest_shard(self) -> str:
+        status = self.status()
+        assert status is not None
+        return [each.member.incarnation for each in status.members if each.member.role == coordinator_pb2.ROLE_SHARD][-1]
+
 
 def num_serving(status: coordinator_pb2.GetStatusResponse) -> int:
     """Shards that are primary of some chunk."""
@@ -70,12 +93,14 @@ def run(tmp_path: Path) -> Iterator[Run]:
 @pytest.mark.parametrize("rounds", [1, pytest.param(5, marks=pytest.mark.slow)])
 def test_joins_and_leaves_cost_no_step_and_no_bit(run: Run, tmp_path: Path, rounds: int) -> None:
     run.wait("whole", run.is_whole)
+    shares = []
     with ExitStack() as stack:
         guests = Guests(run, stack)
         for number in range(rounds):
             shard, workers = guests.start("ps_service", number), [guests.start("worker_service", 10 * number + i) for i in (0, 1)]
             guests.wait_status("three shards serve", lambda status: num_serving(status) == 3)
             guests.wait_status("six workers are here", lambda status: len(status.members) == 9)
+            shares.append(guests.refilled_share(guests.newest_shard()))
             before = run.num_steps()
             run.wait("two steps further", lambda before=before: run.num_steps() >= before + 2)  # type: ignore[misc]
             for process in (shard, *workers):
@@ -84,6 +109,8 @@ def test_joins_and_leaves_cost_no_step_and_no_bit(run: Run, tmp_path: Path, roun
                 assert process.wait(LEAVE_SECONDS_MAX) == 0, (run.folder / "logs").as_posix()
             guests.wait_status("the others serve alone", lambda status: num_serving(status) == 2 and len(status.members) == 6)
     log = (run.folder / "logs" / "coordinator.log").read_text(encoding="utf-8")
+    if rounds > 1:
+        assert statistics.median(shares) <= 1.1, shares
     assert log.count("has left") == 3 * rounds and "is dead" not in log
     assert_as_undisturbed(run, tmp_path)
 
