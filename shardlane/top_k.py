@@ -8,6 +8,7 @@ that moves, may change bits; it never changes what is counted.
 from __future__ import annotations
 
 import math
+from collections.abc import Container
 from dataclasses import dataclass
 
 import torch
@@ -85,15 +86,16 @@ Place = tuple[int, int, int]  # lane, site, chunk
 
 @dataclass(slots=True)
 class _Residual:
-    step: int
-    before: Tensor | None  # of `step`, for a lane that runs again; None: zeros
-    after: Tensor
+    before: dict[int, Tensor | None]  # of the newest steps, for a lane that runs again; None: zeros
+    after: Tensor  # of the last of them
 
 
 class Residuals:
     """What was left out, by lane, site and chunk. One thread encodes; others may ask for `norm`."""
 
-    def __init__(self) -> None:
+    def __init__(self, num_open: int = 1) -> None:
+        """`num_open`: steps that may be open at a time, and so run again."""
+        self._num_open = num_open
         self._timeline = 0
         self._held: dict[Place, _Residual] = {}
         self._square_norms: dict[Place, float] = {}
@@ -103,12 +105,13 @@ class Residuals:
     def norm(self) -> float:
         return math.sqrt(math.fsum(list(self._square_norms.values())))
 
-    def begin(self, timeline: int) -> None:
-        """What was left out of the steps of another timeline is as void as they are."""
-        if timeline != self._timeline:
-            self._timeline = timeline
-            self._held.clear()
-            self._square_norms.clear()
+    def begin(self, timeline: int, places: Container[Place]) -> None:
+        """What was left out of the steps of another timeline is as void as they are; and what was left out at other places than
+        `places` is lost: their lanes go on elsewhere, without it.
+        """
+        for place in [each for each in self._held if timeline != self._timeline or each not in places]:
+            del self._held[place], self._square_norms[place]
+        self._timeline = timeline
 
     def encode(self, codec: Codec, place: Place, step: int, values: Tensor, nonce: int) -> Encoded:
         """`values`, fp32 [n], and what was left out before `step`, if the code leaves anything. The same again gives the same."""
@@ -117,9 +120,10 @@ class Residuals:
         held = self._held.get(place)
         if held is None:
             self.num_begun += 1
-            before = None
+            before, earlier = None, dict[int, Tensor | None]()
         else:
-            before = held.before if held.step == step else held.after
+            before = held.before.get(step, held.after)
+            earlier = {each: left for each, left in held.before.items() if step - self._num_open < each < step}
         total = values.clone() if before is None else values + before
         encoded = codec.encode(total, nonce)
         arrived = torch.empty_like(total, device="cpu")
@@ -128,5 +132,5 @@ class Residuals:
         square_norm = float(after.square().sum())
         if not math.isfinite(square_norm):  # the step is skipped, and what was left out before it stays so
             after, square_norm = (torch.zeros_like(total), 0.0) if before is None else (before, self._square_norms[place])
-        self._held[place], self._square_norms[place] = _Residual(step, before, after), square_norm
+        self._held[place], self._square_norms[place] = _Residual({**earlier, step: before}, after), square_norm
         return encoded

@@ -87,7 +87,9 @@ class Seat:
         self._puller = self._make_puller(items)
         self._pusher = self._make_pusher()
         shape = (config.train.micro_batch_size, config.train.seq_len, config.model.hidden_size)
-        around.residuals.begin(plan.timeline.id)
+        lanes = [each for block in plan.replicas[replica].blocks for each in block.lanes]
+        places = {(each, item.site, item.chunk.id) for each in lanes for item in items}
+        around.residuals.begin(plan.timeline.id, places)
         self._formed = plan.replicas[replica].formed
         self._above, self._below = self._link(stage - 1, shape), self._link(stage + 1, shape)
         counts = (config.train.num_micro_batches, config.validation.num_micro_batches)

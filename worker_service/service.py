@@ -110,7 +110,7 @@ class WorkerService:
         self._began_seconds = 0.0
         self._pace = Pace()
         self._thread = threading.Thread(target=self._main, name="compute", daemon=True)
-        self._residuals = Residuals()
+        self._residuals = Residuals(1 + self.config.train.staleness)
         self.instruments.watch(
             lambda: self.inbox.num_bytes, lambda: self._seat.push_queue_bytes if self._seat else 0, self._residuals
         )

@@ -8,6 +8,7 @@ import pytest
 
 from shardlane import config as configs
 from shardlane import rpc
+from shardlane.ledger import Expected, judge
 from shardlane.prepare import ensure_prepared
 from tests.cluster.storm import DOUBLED, LOST, Storm
 from tests.cluster.threads import comparable, rows_of, train, train_reference
@@ -25,6 +26,9 @@ def test_lost_answers_and_doubled_calls_change_no_bit(tmp_path: Path, monkeypatc
     monkeypatch.setattr(rpc, "connect", storm.connect(rpc.connect))
     assert train(config, tmp_path) == digest
     assert comparable(rows_of(tmp_path)) == comparable(rows)
+    with (tmp_path / "ledger.jsonl").open("rb") as lines:
+        account = judge(lines, Expected.of(config), reached=config.train.max_steps)
+    assert (account.faults, account.num_steps, account.roll_backs) == ([], config.train.max_steps, [])
     for method in ("Push", "Pull", "Deliver"):
         assert storm.happened[method, LOST] and storm.happened[method, DOUBLED], (method, storm.happened)
     assert storm.happened["Transfer", LOST]

@@ -251,5 +251,17 @@ def test_nothing_is_left_out_for_good() -> None:
     bad[0] = math.inf
     residuals.encode(codec, (0, 0, 0), 30, bad, 0)
     assert residuals.norm == pytest.approx(float(left_out.norm()), rel=1e-4)  # that step is skipped
-    residuals.begin(1)
+    residuals.begin(0, {(0, 0, 0)})
+    assert residuals.norm > 0
+    residuals.begin(1, {(0, 0, 0)})
     assert residuals.norm == 0
+
+
+def test_what_was_left_out_goes_with_the_lane_and_comes_out_alike_when_several_steps_run_again() -> None:
+    residuals, codec = Residuals(num_open=3), CODECS["top_k"]
+    gradients = [some(400) * (step + 1) for step in range(6)]
+    first = [residuals.encode(codec, (0, 0, 0), step, gradient, 0).data for step, gradient in enumerate(gradients)]
+    again = [residuals.encode(codec, (0, 0, 0), step, gradients[step], 0).data for step in (3, 4, 5)]
+    assert all(torch.equal(one, other) for one, other in zip(first[3:], again, strict=True))
+    residuals.begin(0, {(1, 0, 0)})
+    assert residuals.norm == 0, "its lane is run by somebody else now"

@@ -64,6 +64,7 @@ SHAPES: dict[str, Shape] = {
         replication=1, num_steps=5, num_stages=2, checkpoint_every=2, faults={"kill shard": 4, "kill worker": 1}
     ),
     "one-step delay, deaths": Shape(staleness=1, num_steps=6, faults=DEATHS),
+    "one-step delay, comings": Shape(staleness=1, num_steps=7, faults=COMINGS),
     "one-step delay, pipelines": Shape(
         staleness=1, num_steps=6, num_stages=2, faults={**COMINGS, **SILENCES, "stop run": 1, "pause run": 1}, num_faults_max=3
     ),

@@ -15,6 +15,8 @@ SHAPES = [
     "silences, sums that differ in bits",
     "silences of pipelines",
     "three copies, one lane",
+    "one-step delay, deaths",
+    "SSP, everything",
 ]
 
 
