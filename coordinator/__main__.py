@@ -44,6 +44,7 @@ def main(arguments: Sequence[str], environment: Mapping[str, str]) -> int:
     from coordinator.service import CoordinatorService  # brings gRPC, which looks at its variables as it is loaded
     from shardlane import rpc
     from shardlane.metrics import Metrics
+    from shardlane.tls import Tls
 
     flags, overrides = parser(environment).parse_with_overrides(list(arguments), required=("--config", "--run-dir"))
     lifetime = Lifetime()
@@ -55,7 +56,13 @@ def main(arguments: Sequence[str], environment: Mapping[str, str]) -> int:
     metrics = Metrics("coordinator")
     metrics_port = metrics.serve(flags.metrics_bind) if flags.metrics_bind else 0
     service = CoordinatorService(
-        config, run_dir=run_dir, bind=flags.bind, advertise=flags.advertise, fork=flags.fork_run, metrics=metrics
+        config,
+        run_dir=run_dir,
+        bind=flags.bind,
+        advertise=flags.advertise,
+        fork=flags.fork_run,
+        metrics=metrics,
+        network=rpc.Network(Tls.of(flags.ssl_ca_certfile, flags.ssl_certfile, flags.ssl_keyfile)),
     )
     service.start()
     try:

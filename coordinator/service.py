@@ -20,6 +20,16 @@ from shardlane.metrics import Metrics
 from shardlane.pb import coordinator_pb2
 
 SERVICE = coordinator_pb2.DESCRIPTOR.services_by_name["Coordinator"]
+MEMBERS = ("shard", "worker")
+CALLERS = {
+    "GetRun": (*MEMBERS, "operator"),
+    "Register": MEMBERS,
+    "Heartbeat": MEMBERS,
+    "WatchPlans": MEMBERS,
+    "ReportValidation": ("worker",),
+    "ReportCheckpoint": ("shard",),
+    "Control": ("operator",),
+}
 TICK_SECONDS = 0.1
 WATCHES_MAX = 1024  # plans watched at a time; with more members each is held for a shorter time
 
@@ -37,10 +47,11 @@ class CoordinatorService:
         fork: bool = False,
         clock: Callable[[], float] = time.monotonic,
         metrics: Metrics | None = None,
+        network: rpc.Network = rpc.PLAIN,
     ) -> None:
         """Binds, and takes over the run of `run_dir`. Raises `UserError` in one of its kinds."""
         metrics = metrics or Metrics("coordinator")
-        self._server = rpc.Server(bind)  # first: who cannot serve must not take the run from who does
+        self._server = network.serve(bind)  # first: who cannot serve must not take the run from who does
         try:
             self.coordinator = Coordinator(config, run_dir=run_dir, fork=fork, clock=clock, metrics=metrics)
         except Exception:
@@ -54,6 +65,7 @@ class CoordinatorService:
             CoordinatorServicer(self.coordinator, num_watches, self.doubts),
             pools={"WatchPlans": self._watches},
             observer=metrics.observer,
+            callers=CALLERS,
         )
         self._server.add(SERVICE.full_name, handler)
         self.address = rpc.advertised(bind, advertise, self._server.port)

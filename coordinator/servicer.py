@@ -17,6 +17,7 @@ from shardlane import rpc, wire
 from shardlane.errors import IncompatibleError
 from shardlane.ids import PROTOCOL_VERSION, Incarnation
 from shardlane.pb import coordinator_pb2
+from shardlane.tls import check_caller
 
 
 class CoordinatorServicer:
@@ -44,7 +45,9 @@ class CoordinatorServicer:
     def Register(
         self, request: coordinator_pb2.RegisterRequest, context: grpc.ServicerContext
     ) -> coordinator_pb2.RegisterResponse:
-        self._coordinator.register(translation.registration_from_wire(request))
+        registration = translation.registration_from_wire(request)
+        check_caller(context, method=f"Register as {registration.role}", allowed=(registration.role,))
+        self._coordinator.register(registration)
         return coordinator_pb2.RegisterResponse(lease_seconds=self._coordinator.config.cluster.lease_seconds)
 
     def Heartbeat(

@@ -19,6 +19,7 @@ from shardlane.ids import Incarnation, RunId
 from shardlane.pb import coordinator_pb2, ps_pb2
 
 SERVICE = ps_pb2.DESCRIPTOR.services_by_name["ParameterShard"]
+CALLERS = {"Push": ("worker",), "Pull": ("worker",), "Deliver": ("shard",)}
 RETRY_SECONDS = 0.2
 LINGER_SECONDS = 0.05  # that a call waits for more; its messages are on their way meanwhile, only its answer is not
 CALL_SECONDS_MAX = 5.0  # then its answer is wanted, however much there is
@@ -64,6 +65,7 @@ class Outbox:
         on_sent: Callable[[Parcel], None],
         on_done: Callable[[Incarnation, list[Parcel], Outcome], None],
         on_plan: Callable[[coordinator_pb2.Plan], None],
+        network: rpc.Network = rpc.PLAIN,
     ) -> None:
         """`on_sent` gets a parcel whose tensors have been copied out. `on_done` gets every parcel once, with what became of it as
         far as is known here; several that say one thing as one.
@@ -74,7 +76,7 @@ class Outbox:
         self._light, self._heavy = _Lane(), _Lane()
         self._changed = threading.Condition()
         self._closed = False
-        self._channel = rpc.connect(address)
+        self._channel = network.connect(address, to="shard")
         self._client = rpc.Client(self._channel, SERVICE)
         for name, lane in (("light", self._light), ("heavy", self._heavy)):
             threading.Thread(target=self._run, args=(lane,), name=f"{name}-to-{receiver}", daemon=True).start()

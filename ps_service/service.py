@@ -6,7 +6,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 
 from ps_service.instruments import ShardInstruments
-from ps_service.peers import SERVICE
+from ps_service.peers import CALLERS, SERVICE
 from ps_service.servicer import ShardServicer
 from ps_service.shard import Shard
 from shardlane import rpc, wire
@@ -47,6 +47,7 @@ class ShardService:
             report_checkpoint=self._report_checkpoint,
             on_plan=self._on_peers_plan,
             on_milestone=lambda: self._membership.beat_soon(),
+            network=run.network,
         )
         self._log = logger(role="shard", run=run.run_id, rank=self.me)
         pools = {
@@ -54,8 +55,8 @@ class ShardService:
             "Pull": ThreadPoolExecutor(PULLS_MAX, thread_name_prefix="pull"),
             "Deliver": ThreadPoolExecutor(DELIVERIES_MAX, thread_name_prefix="deliver"),
         }
-        handler = rpc.handler(SERVICE, ShardServicer(self.shard), pools=pools, observer=self.metrics.observer)
-        self._server = rpc.Server(bind, {SERVICE.full_name: handler})
+        handler = rpc.handler(SERVICE, ShardServicer(self.shard), pools=pools, observer=self.metrics.observer, callers=CALLERS)
+        self._server = run.network.serve(bind, {SERVICE.full_name: handler})
         self.address = rpc.advertised(bind, advertise, self._server.port)
         self.metrics_address = (
             rpc.advertised_metrics(metrics_bind, advertise, self.metrics.serve(metrics_bind)) if metrics_bind else ""
@@ -68,6 +69,7 @@ class ShardService:
             numerics_class=numerics_class(run.config.numerics),
             metrics_address=self.metrics_address,
             run_id=run.run_id,
+            network=run.network,
         )
         self._stopping = threading.Event()
         self._failure: UserError | None = None

@@ -48,7 +48,7 @@ from ps_service.peers import Outbox, Outcome, Parcel
 from ps_service.publication import Publications
 from ps_service.snapshots import SnapshotWriter
 from ps_service.store import TensorStore
-from shardlane import wire
+from shardlane import rpc, wire
 from shardlane.checkpoint import CheckpointReader
 from shardlane.config import Config
 from shardlane.errors import CheckpointError
@@ -78,6 +78,7 @@ class Shard:
         report_checkpoint: Callable[[coordinator_pb2.ReportCheckpointRequest], None],
         on_plan: Callable[[coordinator_pb2.Plan], None],
         on_milestone: Callable[[], None],
+        network: rpc.Network = rpc.PLAIN,
     ) -> None:
         """`on_plan` gets plans that peers attach to their answers; `on_milestone` hears that the next heartbeat has news."""
         self.me, self.config, self.run_id = me, config, run_id
@@ -88,7 +89,7 @@ class Shard:
         self.log = logger(role="shard", run=run_id, rank=me, step=lambda: self.publications.oldest())
         self._checkpoint_path = checkpoint_path
         self._snapshots = SnapshotWriter(me, checkpoint_path, config, self.store, report_checkpoint)
-        self._on_plan, self._on_milestone = on_plan, on_milestone
+        self._on_plan, self._on_milestone, self._network = on_plan, on_milestone, network
         self._appliers = ThreadPoolExecutor(min(APPLY_THREADS_MAX, os.cpu_count() or 1), thread_name_prefix="apply")
         self._lock = threading.Lock()
         self._outboxes: dict[Incarnation, Outbox] = {}
@@ -207,6 +208,7 @@ class Shard:
                     on_sent=self._on_sent,
                     on_done=self._on_done,
                     on_plan=self._on_plan,
+                    network=self._network,
                 )
 
     def _on_sent(self, parcel: Parcel) -> None:

@@ -51,5 +51,9 @@ class NotReadyError(RequestError):
     """What was asked for is not there yet; asking again later is right."""
 
 
+class ForbiddenError(RequestError):
+    """The caller's certificate is of a role that may not do this."""
+
+
 class IncompatibleError(RequestError):
     """The peer speaks another protocol version, or is of another numerics class under `determinism = "strict"`."""

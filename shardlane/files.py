@@ -7,11 +7,11 @@ from contextlib import suppress
 from pathlib import Path
 
 
-def replace_file(file: Path, data: bytes) -> None:
-    """Durably and atomically. Raises `OSError`, and then leaves nothing beside the file."""
+def replace_file(file: Path, data: bytes, *, mode: int = 0o666) -> None:
+    """Durably and atomically; `mode` less the umask. Raises `OSError`, and then leaves nothing beside the file."""
     temporary = file.with_name(f".{file.name}.{os.getpid()}")
     try:
-        with temporary.open("wb") as opened:
+        with open(temporary, "wb", opener=lambda path, flags: os.open(path, flags, mode)) as opened:
             opened.write(data)
             opened.flush()
             os.fsync(opened.fileno())

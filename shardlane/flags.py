@@ -40,6 +40,9 @@ class ServiceParser:
         self.switch("--stay", "keep serving after the run has ended")
         self.seconds("--drain-seconds", DRAIN_SECONDS, "on SIGTERM: at most so long for others to take over, or to have left")
         self.switch("--insecure", "serve in plain text on an address that other machines can reach")
+        self.text("--ssl-ca-certfile", "", "PEM: the authority that signs all certificates of the cluster (`shardlane certs`)")
+        self.text("--ssl-certfile", "", "PEM: this process's certificate, of its role")
+        self.text("--ssl-keyfile", "", "PEM: the certificate's key")
 
     def add_joining(self) -> None:
         """Which run a member joins."""
@@ -62,9 +65,11 @@ class ServiceParser:
                 raise UserError(f"{flag} is missing, and so is {_variable(flag)}; give one of them")
         if (coordinator := getattr(flags, "coordinator", "")) and not _is_address(coordinator):
             raise UserError(f"--coordinator is {coordinator!r}; expected host:port")
-        if not flags.insecure and not is_loopback(flags.bind):
+        has_tls = bool(flags.ssl_ca_certfile or flags.ssl_certfile or flags.ssl_keyfile)
+        if not flags.insecure and not has_tls and not is_loopback(flags.bind):
             raise UserError(
-                f"--bind {flags.bind} can be reached from other machines, in plain text; add --insecure, or bind 127.0.0.1"
+                f"--bind {flags.bind} can be reached from other machines, in plain text; give --ssl-ca-certfile, --ssl-certfile"
+                " and --ssl-keyfile, add --insecure, or bind 127.0.0.1"
             )
         return flags
 

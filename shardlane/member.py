@@ -45,6 +45,7 @@ class RunInfo:
     config: Config
     data_digest: str
     checkpoint_path: Path
+    network: rpc.Network = rpc.PLAIN
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,14 +65,20 @@ def new_incarnation(role: Role) -> Incarnation:
     return Incarnation(f"{role}-{secrets.token_hex(4)}")
 
 
-def fetch_run(coordinator: str, *, run_id: str = "", patience_seconds: float = PATIENCE_SECONDS) -> RunInfo:
+def fetch_run(
+    coordinator: str,
+    *,
+    run_id: str = "",
+    patience_seconds: float = PATIENCE_SECONDS,
+    network: rpc.Network = rpc.PLAIN,
+) -> RunInfo:
     """Asks the coordinator which run it has, again and again while it does not answer.
 
     Raises `UnreachableError` once patience is over; `UserError` with the reason if it runs another run or protocol.
     """
     request = coordinator_pb2.GetRunRequest(protocol_version=PROTOCOL_VERSION, run_id=run_id)
     what, end, has_said = f"the coordinator at {coordinator}", time.monotonic() + patience_seconds, False
-    with rpc.connect(coordinator, own_connection=True) as channel:
+    with network.connect(coordinator, to="coordinator", own_connection=True) as channel:
         client = rpc.Client(channel, _SERVICE)
         while True:
             try:
@@ -87,7 +94,7 @@ def fetch_run(coordinator: str, *, run_id: str = "", patience_seconds: float = P
                 has_said = True
                 time.sleep(min(RETRY_SECONDS, max(0.0, end - time.monotonic())))
     config = configs.build(json.loads(response.config))
-    return RunInfo(RunId(response.run_id), config, response.data_digest, Path(response.checkpoint_path))
+    return RunInfo(RunId(response.run_id), config, response.data_digest, Path(response.checkpoint_path), network)
 
 
 class Membership:
@@ -104,6 +111,7 @@ class Membership:
         metrics_address: str = "",
         run_id: str = "",
         memory_bytes: int = 0,
+        network: rpc.Network = rpc.PLAIN,
     ) -> None:
         self.incarnation = incarnation
         self._coordinator = coordinator
@@ -119,7 +127,7 @@ class Membership:
         )
         self._log = logger(role=role, rank=incarnation, run=run_id or None)
         # Heartbeats do not wait behind plans and reports, nor these behind tensors.
-        self._beats, self._talk = (rpc.connect(coordinator, own_connection=True) for _ in range(2))
+        self._beats, self._talk = (network.connect(coordinator, to="coordinator", own_connection=True) for _ in range(2))
         self._beat_client, self._talk_client = rpc.Client(self._beats, _SERVICE), rpc.Client(self._talk, _SERVICE)
         self._changed = threading.Condition()
         self._plan: Plan | None = None

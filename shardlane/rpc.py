@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import json
 import socket
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import grpc
@@ -22,6 +24,7 @@ from grpc_reflection.v1alpha import reflection
 
 from shardlane import wire
 from shardlane.errors import (
+    ForbiddenError,
     IncompatibleError,
     MalformedError,
     NotReadyError,
@@ -31,6 +34,7 @@ from shardlane.errors import (
     UnreachableError,
     UserError,
 )
+from shardlane.tls import ROLES, Tls, check_caller, name_of
 
 KEEPALIVE_SECONDS = 10  # both ends derive from it: a client that pings more often than its server allows is cut off
 CONTROL_DEADLINE_SECONDS = 10.0
@@ -64,6 +68,7 @@ _STATUS: list[tuple[type[Exception], grpc.StatusCode]] = [
     (TooLargeError, grpc.StatusCode.RESOURCE_EXHAUSTED),
     (StaleError, grpc.StatusCode.FAILED_PRECONDITION),
     (IncompatibleError, grpc.StatusCode.FAILED_PRECONDITION),
+    (ForbiddenError, grpc.StatusCode.PERMISSION_DENIED),
     (NotReadyError, grpc.StatusCode.UNAVAILABLE),
     (RequestError, grpc.StatusCode.INVALID_ARGUMENT),
     (UserError, grpc.StatusCode.FAILED_PRECONDITION),
@@ -85,8 +90,12 @@ def _retrying(attempts: int) -> str:
     return json.dumps({"methodConfig": [{"name": [{}], "retryPolicy": policy}]})
 
 
-def connect(address: str, *, attempts: int = 1, own_connection: bool = False) -> grpc.Channel:
-    """A channel to `address`. `own_connection` keeps it apart from others there: heartbeats must not wait behind tensors."""
+def connect(
+    address: str, *, attempts: int = 1, own_connection: bool = False, tls: Tls | None = None, to: str = ""
+) -> grpc.Channel:
+    """A channel to `address`. `own_connection` keeps it apart from others there: heartbeats must not wait behind tensors. With
+    `tls` whoever answers must have a certificate of role `to`.
+    """
     options: list[tuple[str, Any]] = list(_TUNING)
     options += [("grpc.enable_retries", int(attempts > 1))]
     options += [("grpc.initial_reconnect_backoff_ms", 100), ("grpc.max_reconnect_backoff_ms", 2000)]
@@ -94,7 +103,10 @@ def connect(address: str, *, attempts: int = 1, own_connection: bool = False) ->
         options.append(("grpc.service_config", _retrying(attempts)))
     if own_connection:
         options.append(("grpc.use_local_subchannel_pool", 1))
-    return grpc.insecure_channel(address, options=options)
+    if tls is None:
+        return grpc.insecure_channel(address, options=options)
+    options.append(("grpc.ssl_target_name_override", name_of(to)))
+    return grpc.secure_channel(address, tls.channel_credentials(), options=options)
 
 
 def advertised(bind: str, advertise: str, port: int) -> str:
@@ -186,8 +198,8 @@ def _sound(message: Any) -> Any:
     return message
 
 
-def _guarded(behaviour: Callable[..., Any], kind: str) -> Callable[..., Any]:
-    """Turns our errors into statuses; an unknown one stays gRPC's UNKNOWN with its traceback in the log."""
+def _guarded(behaviour: Callable[..., Any], kind: str, check: Callable[[grpc.ServicerContext], None]) -> Callable[..., Any]:
+    """Turns our errors into statuses; an unknown one stays gRPC's UNKNOWN with its traceback in the log. `check` comes first."""
     sound = _sound if kind.startswith("unary") else lambda pieces: map(_sound, pieces)
 
     def abort(error: Exception, context: grpc.ServicerContext) -> None:
@@ -197,12 +209,14 @@ def _guarded(behaviour: Callable[..., Any], kind: str) -> Callable[..., Any]:
 
     def unary(request: Any, context: grpc.ServicerContext) -> Any:
         try:
+            check(context)
             return behaviour(sound(request), context)
         except (RequestError, UserError) as error:
             abort(error, context)
 
     def stream(request: Any, context: grpc.ServicerContext) -> Iterator[Any]:
         try:
+            check(context)
             yield from behaviour(sound(request), context)
         except (RequestError, UserError) as error:
             abort(error, context)
@@ -216,14 +230,18 @@ def handler(
     *,
     pools: Mapping[str, ThreadPoolExecutor] | None = None,
     observer: Observer | None = None,
+    callers: Mapping[str, Collection[str]] | None = None,
 ) -> grpc.GenericRpcHandler:
-    """Routes a service's methods to `servicer`'s methods of the same names. `pools`: a method's own thread pool, by name."""
+    """Routes a service's methods to `servicer`'s methods of the same names. `pools`: a method's own thread pool, by name;
+    `callers`: the roles of certificates that may call it, all where it is not named.
+    """
     methods = {}
     for method in service.methods:
         _, decode = _serializers(method.input_type)
         encode, _ = _serializers(method.output_type)
         kind = _kind(method)
-        behaviour = _guarded(getattr(servicer, method.name), kind)
+        allowed = (callers or {}).get(method.name, ROLES)
+        behaviour = _guarded(getattr(servicer, method.name), kind, partial(check_caller, method=method.name, allowed=allowed))
         if observer is not None:
             behaviour = observer(kind, service.full_name, method.name, behaviour)
         if pools and method.name in pools:
@@ -236,7 +254,14 @@ def handler(
 class Server:
     """A gRPC server with health checking and reflection. `port` is the one that was bound (0 asks for any free one)."""
 
-    def __init__(self, bind: str, handlers: Mapping[str, grpc.GenericRpcHandler] | None = None, *, threads: int = 16) -> None:
+    def __init__(
+        self,
+        bind: str,
+        handlers: Mapping[str, grpc.GenericRpcHandler] | None = None,
+        *,
+        threads: int = 16,
+        tls: Tls | None = None,
+    ) -> None:
         """`handlers` by full service name; `add` gives more. Raises `UserError` if `bind` cannot be bound."""
         self._server = grpc.server(ThreadPoolExecutor(threads, thread_name_prefix="rpc"), options=_SERVER_OPTIONS)
         self._health = health.HealthServicer(
@@ -248,7 +273,11 @@ class Server:
         for name, handler in (handlers or {}).items():
             self.add(name, handler)
         try:
-            self.port: int = self._server.add_insecure_port(bind)
+            self.port: int = (
+                self._server.add_insecure_port(bind)
+                if tls is None
+                else self._server.add_secure_port(bind, tls.server_credentials())
+            )
         except RuntimeError as error:
             reason = "the port is in use, or the address is not this machine's"
             raise UserError(f"cannot listen on {bind}: {reason}; free it, or give another --bind") from error
@@ -267,3 +296,20 @@ class Server:
         """Refuses new calls, lets running ones end for `grace_seconds`, then cancels them."""
         self._health.enter_graceful_shutdown()
         self._server.stop(grace_seconds).wait(grace_seconds + 5.0)
+
+
+@dataclass(frozen=True)
+class Network:
+    """How this process reaches others, and is reached: by mutual TLS, or in plain text."""
+
+    tls: Tls | None = None
+
+    def connect(self, address: str, *, to: str, own_connection: bool = False) -> grpc.Channel:
+        """`to`: the role of whom is meant."""
+        return connect(address, own_connection=own_connection, tls=self.tls, to=to)
+
+    def serve(self, bind: str, handlers: Mapping[str, grpc.GenericRpcHandler] | None = None) -> Server:
+        return Server(bind, handlers, tls=self.tls)
+
+
+PLAIN = Network()

@@ -21,6 +21,7 @@ from worker_service.inbox import Request
 from worker_service.staging import HostTensor, Staging
 
 SERVICE = worker_pb2.DESCRIPTOR.services_by_name["PipelineWorker"]
+CALLERS = {"Transfer": ("worker",)}
 RETRY_SECONDS = 0.1
 NEWS_SECONDS = 5.0  # a stream that breaks for the reason of the one before is news only if it lasted so long
 
@@ -55,6 +56,7 @@ class Link:
         staging: Staging,
         on_broken: Callable[[Incarnation, str], None],
         published: Callable[[], Version] = lambda: Version(0),
+        network: rpc.Network = rpc.PLAIN,
     ) -> None:
         """`on_broken` hears at once of a stream that broke, and why; not of every vain attempt to open it again. `published`: the
         newest version that is known here, which the neighbour is told.
@@ -65,7 +67,7 @@ class Link:
         self._next = 0  # the first that the present stream has not begun
         self._stream = 0  # number of the present stream
         self._closed = False
-        self._channel = rpc.connect(route.address)
+        self._channel = network.connect(route.address, to="worker")
         self._thread = threading.Thread(target=self._run, name=f"link-{route.receiver}", daemon=True)
         self._thread.start()
 

@@ -48,6 +48,7 @@ class Surroundings:
     layout: Layout
     staging: Staging
     inbox: Inbox
+    network: rpc.Network
     residuals: Residuals
     instruments: WorkerInstruments
     tokens: Callable[[], TokenFolder]  # opened by the first and the last stage only
@@ -129,7 +130,7 @@ class Seat:
     def _connect_shards(self) -> None:
         for shard in self._plan.shards:
             if shard not in self._channels:
-                self._channels[shard] = rpc.connect(self._plan.addresses[shard])
+                self._channels[shard] = self._around.network.connect(self._plan.addresses[shard], to="shard")
                 self._clients[shard] = rpc.Client(self._channels[shard], SHARD)
 
     def _client_of(self, shard: Incarnation) -> Any:
@@ -158,7 +159,7 @@ class Seat:
         if worker is None:
             return None
         route = Route(around.run_id, around.me, worker, self._plan.addresses[worker], self._formed, shape)
-        return Link(route, around.staging, around.on_broken, lambda: self.published)
+        return Link(route, around.staging, around.on_broken, lambda: self.published, around.network)
 
     @property
     def push_queue_bytes(self) -> int:

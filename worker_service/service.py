@@ -27,7 +27,7 @@ from worker_service.core import events
 from worker_service.core.stepper import Stepper
 from worker_service.inbox import Direction, Inbox
 from worker_service.instruments import WorkerInstruments
-from worker_service.links import SERVICE
+from worker_service.links import CALLERS, SERVICE
 from worker_service.pace import Pace
 from worker_service.pulls import Superseded
 from worker_service.seat import Seat, Surroundings, memory_of, pick_device
@@ -83,8 +83,8 @@ class WorkerService:
             on_lane=self._on_lane,
         )
         pools = {"Transfer": ThreadPoolExecutor(TRANSFERS_MAX, thread_name_prefix="transfer")}
-        handler = rpc.handler(SERVICE, WorkerServicer(self.inbox), pools=pools, observer=self.metrics.observer)
-        self._server = rpc.Server(bind, {SERVICE.full_name: handler})
+        handler = rpc.handler(SERVICE, WorkerServicer(self.inbox), pools=pools, observer=self.metrics.observer, callers=CALLERS)
+        self._server = run.network.serve(bind, {SERVICE.full_name: handler})
         self.address = rpc.advertised(bind, advertise, self._server.port)
         self.metrics_address = (
             rpc.advertised_metrics(metrics_bind, advertise, self.metrics.serve(metrics_bind)) if metrics_bind else ""
@@ -98,6 +98,7 @@ class WorkerService:
             metrics_address=self.metrics_address,
             run_id=run.run_id,
             memory_bytes=memory_of(self._device),
+            network=run.network,
         )
         self._changed = threading.Condition()
         self._work: deque[events.Work] = deque()
@@ -124,6 +125,7 @@ class WorkerService:
             layout=Layout.of(self.config),
             staging=self._staging,
             inbox=self.inbox,
+            network=self.run.network,
             residuals=self._residuals,
             instruments=self.instruments,
             tokens=lambda: self._tokens,

@@ -19,6 +19,12 @@ ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="The run's se
 RunDir = Annotated[Path, typer.Option("--run-dir", metavar="DIR", help="The run's folder; made if missing, taken up if there.")]
 RunFolderArgument = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="Folder of a run, as given to --run-dir.")]
 RunTarget = Annotated[str, typer.Argument(metavar="RUN_DIR|ADDRESS", help="A run's folder, or its coordinator's host:port.")]
+Certs = Annotated[
+    Path | None,
+    typer.Option(
+        "--certs", metavar="DIR", envvar="SHARDLANE_CERTS", help="Folder of `shardlane certs`: speak mutual TLS, as the operator."
+    ),
+]
 Step = Annotated[int | None, typer.Option("--step", min=0, metavar="N", help="Which checkpoint; default: the newest.")]
 ForkRun = Annotated[
     bool, typer.Option("--fork-run", help="Go on from the checkpoint although the mathematics changed: another run.")

@@ -11,6 +11,7 @@ from shardlane.cli.run_folder import RunFolder
 from shardlane.errors import UserError
 from shardlane.pb import coordinator_pb2
 from shardlane.pb.coordinator_pb2 import ControlAction, GetStatusResponse, RunState
+from shardlane.tls import Tls
 
 _SERVICE = coordinator_pb2.DESCRIPTOR.services_by_name["Coordinator"]
 
@@ -21,9 +22,9 @@ def state_name(state: RunState) -> str:
 
 
 class CoordinatorClient:
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, network: rpc.Network = rpc.PLAIN) -> None:
         self._what = f"the coordinator at {address}"
-        self._channel = rpc.connect(address)
+        self._channel = network.connect(address, to="coordinator")
         self._client = rpc.Client(self._channel, _SERVICE)
 
     def __enter__(self) -> Self:
@@ -46,6 +47,11 @@ class CoordinatorClient:
         return state
 
 
+def network_of(certs: Path | None) -> rpc.Network:
+    """The operator's, with the certificates of a folder; in plain text without one. Raises `UserError`."""
+    return rpc.PLAIN if certs is None else rpc.Network(Tls.in_folder(certs, "operator"))
+
+
 def address_of(target: str) -> str | None:
     """Of the coordinator that serves a run's folder, or host:port as it is; None: nobody serves that folder.
 
@@ -59,9 +65,9 @@ def address_of(target: str) -> str | None:
     return target
 
 
-def connect(target: str) -> CoordinatorClient:
+def connect(target: str, network: rpc.Network = rpc.PLAIN) -> CoordinatorClient:
     """Raises `UserError` if nobody serves the run."""
     address = address_of(target)
     if address is None:
         raise UserError(f"no coordinator serves {target}; the run is not running")
-    return CoordinatorClient(address)
+    return CoordinatorClient(address, network)

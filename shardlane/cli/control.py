@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import typer
 
-from shardlane.cli.arguments import RunTarget
+from shardlane.cli.arguments import Certs, RunTarget
 
 ACTIONS = {
     "pause": "Hold the run: no replica begins another step. Members stay, and nothing is lost.",
@@ -22,11 +22,11 @@ def register(app: typer.Typer) -> None:
         app.command(action, help=help, epilog=epilog)(_command(action))
 
 
-def _command(action: str) -> Callable[[str], None]:
-    def command(target: RunTarget) -> None:
-        from shardlane.cli.client import connect, state_name
+def _command(action: str) -> Callable[..., None]:
+    def command(target: RunTarget, certs: Certs = None) -> None:
+        from shardlane.cli.client import connect, network_of, state_name
 
-        with connect(target) as client:
+        with connect(target, network_of(certs)) as client:
             state = client.control(f"CONTROL_ACTION_{action.upper()}")
         print(f"asked to {action}; the run is {state_name(state)}")
 

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from shardlane.cli.arguments import RunTarget
+from shardlane.cli.arguments import Certs, RunTarget
 
 EPILOG = """[bold]Examples[/bold]
 
@@ -24,6 +24,7 @@ def register(app: typer.Typer) -> None:
 def status(
     target: RunTarget,
     json: Annotated[bool, typer.Option("--json", help="All that the coordinator says, as JSON.")] = False,
+    certs: Certs = None,
 ) -> None:
     """Show where a run stands: its step and loss, who runs which stage and lanes, which shard holds how much.
 
@@ -32,7 +33,7 @@ def status(
     from google.protobuf.json_format import MessageToJson
     from rich.console import Console
 
-    from shardlane.cli.client import CoordinatorClient, address_of
+    from shardlane.cli.client import CoordinatorClient, address_of, network_of
     from shardlane.cli.live import Picture
     from shardlane.errors import UnreachableError
 
@@ -41,7 +42,7 @@ def status(
         _describe_folder(Path(target))
         return
     try:
-        with CoordinatorClient(address) as client:
+        with CoordinatorClient(address, network_of(certs)) as client:
             response = client.status()
     except UnreachableError as error:
         if address == target:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 from coordinator.core.events import RunState
 from coordinator.service import CoordinatorService
 from ps_service.service import ShardService
+from shardlane import rpc
 from shardlane.config import Config
 from shardlane.data import TokenFolder
 from shardlane.digest import checkpoint_digest
@@ -25,16 +26,23 @@ RUN_SECONDS_MAX = 100.0
 class Cluster:
     """Services of one run, started in the order of `shardlane local`."""
 
-    def __init__(self, config: Config, run_dir: Path, *, fork: bool = False) -> None:
+    def __init__(
+        self,
+        config: Config,
+        run_dir: Path,
+        *,
+        fork: bool = False,
+        network_of: Callable[[str], rpc.Network] = lambda role: rpc.PLAIN,
+    ) -> None:
+        """`network_of` gives a role's."""
         self.run_dir = run_dir
-        self.coordinator = CoordinatorService(config, run_dir=run_dir, fork=fork)
+        self.coordinator = CoordinatorService(config, run_dir=run_dir, fork=fork, network=network_of("coordinator"))
         self.coordinator.start()
-        self.run = fetch_run(self.coordinator.address)
-        shape = config.cluster
-        self.shards = [ShardService(self.coordinator.address, self.run) for _ in range(shape.shards)]
-        self.workers = [
-            WorkerService(self.coordinator.address, self.run, device="cpu") for _ in range(shape.stages * shape.replicas)
-        ]
+        address, shape = self.coordinator.address, config.cluster
+        self.run = fetch_run(address, network=network_of("shard"))
+        self.shards = [ShardService(address, self.run) for _ in range(shape.shards)]
+        run = fetch_run(address, network=network_of("worker"))
+        self.workers = [WorkerService(address, run, device="cpu") for _ in range(shape.stages * shape.replicas)]
         for member in (*self.shards, *self.workers):
             member.start()
 
@@ -50,8 +58,14 @@ class Cluster:
 
 
 @contextmanager
-def running(config: Config, run_dir: Path, *, fork: bool = False) -> Iterator[Cluster]:
-    cluster = Cluster(config, run_dir, fork=fork)
+def running(
+    config: Config,
+    run_dir: Path,
+    *,
+    fork: bool = False,
+    network_of: Callable[[str], rpc.Network] = lambda role: rpc.PLAIN,
+) -> Iterator[Cluster]:
+    cluster = Cluster(config, run_dir, fork=fork, network_of=network_of)
     try:
         yield cluster
     finally:

@@ -33,7 +33,7 @@ def image_environment(repository: Path) -> dict[str, str]:
 
 def check_serving(flags: Any) -> None:
     assert flags.bind == f"0.0.0.0:{GRPC_PORT}" and flags.metrics_bind == f"0.0.0.0:{METRICS_PORT}"
-    assert flags.stay and flags.insecure
+    assert flags.stay
 
 
 # ---- Compose ------------------------------------------------------------------------------------------------------------
@@ -62,6 +62,9 @@ def test_compose_services_parse(compose: dict[str, Any], repository: Path, name:
     service = compose["services"][name]
     flags = parse(service["command"], image_environment(repository) | strings(service["environment"]))
     check_serving(flags)
+    files = (flags.ssl_ca_certfile, flags.ssl_certfile, flags.ssl_keyfile)
+    assert files == ("/certs/ca.pem", f"/certs/{name}.pem", f"/certs/{name}.key") and not flags.insecure
+    assert "certs:/certs:ro" in service["volumes"]
     assert service["restart"] == "unless-stopped"
     address = f"coordinator:{GRPC_PORT}"
     assert (flags.advertise if name == "coordinator" else flags.coordinator) == address
@@ -73,7 +76,10 @@ def test_compose_prepares_what_the_coordinator_serves(compose: dict[str, Any], r
     flags = parse(coordinator["command"], strings(coordinator["environment"]))
     assert (module, command, flag) == ("shardlane.cli", "prepare", "--run-dir")
     assert (config, run_dir) == (flags.config, flags.run_dir)
-    assert coordinator["depends_on"] == {"prepare": {"condition": "service_completed_successfully"}}
+    completed = {"condition": "service_completed_successfully"}
+    assert coordinator["depends_on"] == {"certs": completed} and compose["services"]["certs"]["depends_on"] == {
+        "prepare": completed
+    }
     assert (repository / config).is_file()
 
 
@@ -87,7 +93,7 @@ def test_compose_starts_as_many_as_its_config_places(compose: dict[str, Any], re
 
 
 def test_compose_publishes_to_this_machine_only(compose: dict[str, Any]) -> None:
-    """It is all plain text."""
+    """Metrics are plain text."""
     ports = [port for service in compose["services"].values() for port in service.get("ports", ())]
     assert ports and all(port.startswith("127.0.0.1:") for port in ports)
 

@@ -17,7 +17,7 @@ import pytest
         (
             ["--coordinator", "x:1", "--bind", "0.0.0.0:0"],
             "worker_service: --bind 0.0.0.0:0 can be reached from other machines, in plain text;"
-            " add --insecure, or bind 127.0.0.1",
+            " give --ssl-ca-certfile, --ssl-certfile and --ssl-keyfile, add --insecure, or bind 127.0.0.1",
         ),
     ],
 )
