@@ -77,9 +77,8 @@ def test_compose_prepares_what_the_coordinator_serves(compose: dict[str, Any], r
     assert (module, command, flag) == ("shardlane.cli", "prepare", "--run-dir")
     assert (config, run_dir) == (flags.config, flags.run_dir)
     completed = {"condition": "service_completed_successfully"}
-    assert coordinator["depends_on"] == {"certs": completed} and compose["services"]["certs"]["depends_on"] == {
-        "prepare": completed
-    }
+    assert coordinator["depends_on"] == {"certs": completed}
+    assert compose["services"]["certs"]["depends_on"] == {"prepare": completed}
     assert (repository / config).is_file()
 
 
