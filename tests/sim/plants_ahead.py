@@ -9,6 +9,7 @@ from ps_service.core.messages import Close, Effect
 from ps_service.core.shard import ShardCore
 from shardlane.config import TrainConfig
 from shardlane.ids import ChunkId, Step, Version
+from shardlane.plan import Plan
 from tests.sim.plants import Bug, patch
 from worker_service.core.stepper import Stepper
 
@@ -38,12 +39,11 @@ def close_beyond_the_end(_: Any) -> Any:
     return close
 
 
-def change_seats_at_once(_: Any) -> Any:
-    def awaits(self: Stepper) -> Version:
-        following = self.step + 1
-        return Version(following if following >= self._config.train.last_step else self._reads(following))
+def change_seats_early(begins_at: Any) -> Any:
+    def patched(self: Stepper, plan: Plan) -> Version:
+        return Version(max(0, begins_at(self, plan) - 1))
 
-    return property(awaits)
+    return patched
 
 
 def stay_in_closed_steps(_: Any) -> Any:
@@ -69,10 +69,10 @@ AHEAD: dict[str, Bug] = {
         patch(ShardCore, "_close", close_beyond_the_end),
         "one-step delay, pipelines",
     ),
-    "seats changed at once": Bug(
-        "A worker leaves a seat while steps that it has pushed in it are open.",
-        patch(Stepper, "_awaits", change_seats_at_once),
-        "one-step delay, comings",
+    "seats changed early": Bug(
+        "A worker leaves a seat while a step that it has pushed in it is open.",
+        patch(Stepper, "_begins_at", change_seats_early),
+        "SSP, everything",
     ),
     "closed steps not left": Bug(
         "A stage that others have overtaken goes on to the next step, and its neighbour waits for it.",
