@@ -18,7 +18,7 @@ from tests.sim.pushes import Pusher
 from worker_service.core import events
 from worker_service.core.events import Key, Refusal
 from worker_service.core.schedule import Backward, Forward, Weights, schedule
-from worker_service.core.stepper import Stepper
+from worker_service.core.stepper import Phase, Stepper
 from worker_service.pace import Pace
 
 if TYPE_CHECKING:
@@ -294,6 +294,7 @@ class WorkerProcess(MemberProcess):
             case events.Ask(version):
                 seat.puller.ask(version)
             case events.Pull(attempt):
+                self._check_wait(work)
                 now = yield from seat.pull(work)  # type: ignore[func-returns-value]
                 self.post(events.Pulled(attempt) if now is None else events.Superseded(attempt, now))
             case events.Validate(attempt, version, indices):
@@ -306,6 +307,13 @@ class WorkerProcess(MemberProcess):
                 self.post(events.Ran(attempt, seat.newest()))
             case _:
                 assert_never(work)
+
+    def _check_wait(self, pull: events.Pull) -> None:
+        """No lane waits for a version that its next step does not read: but at the end, before another seat, and while held."""
+        train, stepper = self.world.config.train, self.stepper
+        is_excused = stepper._awaited is not None or pull.step >= train.last_step or stepper.phase is Phase.HELD
+        if pull.version > max(pull.step - train.staleness, 0) and not is_excused:
+            raise BrokenInvariant(f"4: step {pull.step} waits for version {pull.version}, which it does not read")
 
     def _sit(self, work: events.Begin | events.Rest | events.Leave) -> Iterator[Pause]:
         old, self.seat = self.seat, None
