@@ -164,5 +164,5 @@ def test_every_service_stops_within_its_grace(project: Project) -> None:
     """In the midst of training; the last test, for it leaves nothing running. A service that must be killed has 137."""
     project.compose("stop", seconds=120)
     assert "Traceback" not in project.compose("logs", "--no-color", "coordinator", "shard", "worker")
-    expected = [f"{service} exited 0" for service, count in (TARGETS | {"prepare": 1}).items() for _ in range(count)]
+    expected = [f"{service} exited 0" for service, count in (TARGETS | {"prepare": 1, "certs": 1}).items() for _ in range(count)]
     assert sorted(project.containers()) == sorted(expected)
