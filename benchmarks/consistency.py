@@ -135,18 +135,22 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--steps", type=int, default=400, help="steps that the loss is measured after (default: %(default)s)")
     parser.add_argument("--processes", type=int, default=2, help="references that train at a time (default: %(default)s)")
     parser.add_argument("--window-seconds", type=float, default=30.0, help="of each speed (default: %(default)s)")
+    parser.add_argument("--learning-rate", type=float, default=1e-3, help="the peak, of every mode (default: %(default)s)")
+    parser.add_argument("--only", choices=("speed", "loss"), help="leaves out the other")
     options = parser.parse_args(argv)
-    config = load(CONFIG).with_changes(
-        {**CHANGES, "train.max_steps": options.steps, "schedule.warmup_steps": options.steps // 20}
-    )
+    changes = {"train.max_steps": options.steps, "schedule.warmup_steps": options.steps // 20}
+    config = load(CONFIG).with_changes({**CHANGES, **changes, "optimizer.learning_rate": options.learning_rate})
     report = Report("consistency", "validation loss in nats a token; steps/s")
     with tempfile.TemporaryDirectory(prefix="shardlane-consistency-") as temporary:
         folder = Path(temporary)
         data = ensure_prepared(config, folder, lambda line: print(line, file=sys.stderr)).path
         config = config.with_changes({"data.path": str(data)})
-        measure_speed(report, config, folder, rounds=options.rounds, window_seconds=options.window_seconds)
-        seeds = [config.train.seed + index for index in range(options.rounds)]
-        judge_losses(report, losses(report, config, MODES, seeds, options.processes))
+        if options.only != "loss":
+            measure_speed(report, config, folder, rounds=options.rounds, window_seconds=options.window_seconds)
+        if options.only != "speed":
+            seeds = [config.train.seed + index for index in range(options.rounds)]
+            judge_losses(report, losses(report, config, MODES, seeds, options.processes))
+            report.notes.append(f"peak learning rate {options.learning_rate:g}")
     return harness.finish(report, options)
 
 

@@ -60,10 +60,16 @@ def compression(report: dict[str, Any]) -> Figure:
 
 
 def consistency(report: dict[str, Any]) -> Figure:
-    figure, (speed, loss, curves) = pyplot.subplots(1, 3, figsize=(15, 4), layout="constrained")
-    draw_ratios(speed, report["ratios"], "speed:")
-    draw_ratios(loss, report["ratios"], "loss:")
-    draw_curves(curves, report["curves"])
+    """Of what was measured: speed, loss or both."""
+    starts = [start for start in ("speed:", "loss:") if any(name.startswith(start) for name in report["ratios"])]
+    has_curves = "curves" in report
+    figure, axes = pyplot.subplots(
+        1, len(starts) + has_curves, figsize=(5 * (len(starts) + has_curves), 4), layout="constrained", squeeze=False
+    )
+    for each, start in zip(axes[0], starts, strict=False):
+        draw_ratios(each, report["ratios"], start)
+    if has_curves:
+        draw_curves(axes[0][-1], report["curves"])
     return figure
 
 
@@ -78,6 +84,7 @@ def links(report: dict[str, Any]) -> Figure:
 PICTURES: dict[str, Callable[[dict[str, Any]], Figure]] = {
     "compression": compression,
     "consistency": consistency,
+    "consistency-at-3e-3": consistency,
     "links": links,
 }
 
