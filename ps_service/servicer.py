@@ -256,7 +256,7 @@ class ShardServicer:
                     f"{type(envelope.message).__name__} brings no values; found {first.header.slice.total} bytes"
                 )
         config = self._shard.config
-        num_tensors_max = 2 + len(state_names(config.optimizer.name, config.train.staleness))
+        num_tensors_max = 2 + len(state_names(config.optimizer.name, config.train.num_past))
         what = f"the values of chunk {chunk.id}"
         wire.check_slice(first.header.slice, first.payload, total_bytes_max=chunk.num_bytes * num_tensors_max, what=what)
         if first.header.slice.total % chunk.num_bytes:

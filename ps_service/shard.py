@@ -303,7 +303,7 @@ class Shard:
         return initial_chunk(self.config, self.layout, self.layout.chunks[chunk])
 
     def _keep_state(self, effect: KeepState, values: Sequence[Tensor], num_steps: int) -> None:
-        names = tensor_names(self.config.optimizer.name, self.config.train.staleness)
+        names = tensor_names(self.config.optimizer.name, self.config.train.num_past)
         tensors = dict(zip(names, values, strict=False))
         self.store.put(effect.chunk, effect.version, tensors, num_steps)
         if effect.with_sum:

@@ -39,7 +39,7 @@ class SnapshotWriter:
         report: Callable[[coordinator_pb2.ReportCheckpointRequest], None],
     ) -> None:
         self._me, self._root, self._store, self._report = me, root, store, report
-        self._names = tensor_names(config.optimizer.name, config.train.staleness)
+        self._names = tensor_names(config.optimizer.name, config.train.num_past)
         self._num_taken = 0
         self._waiting: queue.Queue[Snapshot | None] = queue.Queue()
         self._thread = threading.Thread(target=self._run, name="snapshots", daemon=True)

@@ -64,10 +64,10 @@ class TensorStore:
     def put(self, chunk: ChunkId, version: Version, tensors: Mapping[str, Tensor], num_steps: int) -> None:
         """Takes over `tensors["parameter"]` and copies the optimizer's states, absent ones meaning a fresh optimizer."""
         decay = self._layout.tensors[self._layout.chunks[chunk].tensor].decay
-        staleness = self._config.train.staleness
-        optimizer = ChunkOptimizer(self._config.optimizer, tensors["parameter"], decay=decay, staleness=staleness)
+        num_past = self._config.train.num_past
+        optimizer = ChunkOptimizer(self._config.optimizer, tensors["parameter"], decay=decay, num_past=num_past)
         if num_steps:
-            names = state_names(self._config.optimizer.name, staleness)
+            names = state_names(self._config.optimizer.name, num_past)
             optimizer.load({name: tensors[name] for name in names if name in tensors}, num_steps)
         self.chunks[chunk] = StoredChunk(optimizer, version)
 
@@ -174,7 +174,7 @@ class TensorStore:
         with stored.lock:
             now, back = stored.version, stored.version - version
             if back:
-                found = (now, stored.optimizer.version_ago(back) if 0 < back <= self._config.train.staleness else None)
+                found = (now, stored.optimizer.version_ago(back) if 0 < back <= self._config.train.num_past else None)
             else:
                 parameter = stored.optimizer.parameter.detach()
                 stored.parameter_pins += 1

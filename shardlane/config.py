@@ -97,6 +97,11 @@ class TrainConfig(Section):
         description="ssp: step t is computed from version t - staleness, so a replica may be so many steps ahead of another;"
         " 1 is the one-step delay of PipeDream-2BW, which hides all communication",
     )
+    look_ahead: bool = Field(
+        False,
+        description="ssp: compute from where the parameters are headed: the version read, moved on by its last update for each"
+        " version that it is old (SpecTrain, Chen et al. 2018)",
+    )
     seed: int = Field(1234, ge=0, lt=1 << 63)
 
     @model_validator(mode="after")
@@ -131,6 +136,15 @@ class TrainConfig(Section):
     def reads(self, step: int) -> int:
         """The version from which `step` is computed, by every lane and in every stage."""
         return max(step - self.staleness, 0)
+
+    @property
+    def looks_ahead(self) -> bool:
+        return self.look_ahead and self.staleness > 0
+
+    @property
+    def num_past(self) -> int:
+        """Versions before the present one that are kept."""
+        return self.staleness + self.looks_ahead
 
     @property
     def last_step(self) -> int:
@@ -275,7 +289,7 @@ class Config(Section):
         keep: dict[str, Any] = {name: getattr(self, name).model_dump() for name in ("model", "train", "optimizer", "schedule")}
         del keep["train"]["stop_at_step"], keep["model"]["preset"], keep["train"]["consistency"]
         if not self.train.staleness:
-            del keep["train"]["staleness"]
+            del keep["train"]["staleness"], keep["train"]["look_ahead"]
         keep["numerics"] = self.numerics.model_dump(exclude={"determinism"})
         if self.train.local_steps > 1:
             keep["inner"] = self.inner.model_dump()

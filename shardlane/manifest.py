@@ -94,7 +94,9 @@ class Manifest(_Frozen):
     @property
     def tensor_names(self) -> tuple[str, ...]:
         """`parameter`, then the optimizer's states: what is kept of each chunk."""
-        return tensor_names(self.mathematics["optimizer"]["name"], self.mathematics["train"].get("staleness", 0))
+        train = self.mathematics["train"]
+        num_past = train.get("staleness", 0) + bool(train.get("look_ahead"))
+        return tensor_names(self.mathematics["optimizer"]["name"], num_past)
 
     @property
     def digest(self) -> str:
@@ -108,8 +110,8 @@ class Manifest(_Frozen):
         return json.dumps({"checksum": checksum, **self.model_dump()}, indent=1) + "\n"
 
 
-def tensor_names(optimizer: str, staleness: int = 0) -> tuple[str, ...]:
-    return (PARAMETER, *state_names(optimizer, staleness))
+def tensor_names(optimizer: str, num_past: int = 0) -> tuple[str, ...]:
+    return (PARAMETER, *state_names(optimizer, num_past))
 
 
 def layout_of(manifest: Manifest) -> Layout:

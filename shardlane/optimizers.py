@@ -24,14 +24,14 @@ class ChunkOptimizer:
     Nesterov's look ahead or without: no dampening, and the first step's buffer is the gradient itself.
     """
 
-    def __init__(self, config: OptimizerConfig, parameter: Tensor, *, decay: bool, staleness: int = 0) -> None:
+    def __init__(self, config: OptimizerConfig, parameter: Tensor, *, decay: bool, num_past: int = 0) -> None:
         if parameter.dim() != 1 or parameter.dtype != torch.float32 or not parameter.is_contiguous():
             raise ValueError(f"a chunk is flat fp32, found {parameter.dtype} of shape {tuple(parameter.shape)}")
         self.parameter = parameter
         self.num_steps = 0  # updates applied; a skipped step is none
-        self.past: list[Tensor] = [parameter.detach().clone()] * staleness  # the newest first; none is ever written again
+        self.past: list[Tensor] = [parameter.detach().clone()] * num_past  # the newest first; none is ever written again
         self._names: tuple[str, ...] = OPTIMIZER_STATES[config.name]
-        self._past_names = past_names(staleness)
+        self._past_names = past_names(num_past)
         self._optimizer = _fused(config, parameter, config.weight_decay if decay else 0.0)
 
     def begin_version(self) -> None:
@@ -40,7 +40,7 @@ class ChunkOptimizer:
             self.past = [self.parameter.detach().clone(), *self.past[:-1]]
 
     def version_ago(self, back: int) -> Tensor:
-        """The parameters `back` versions ago, at most `staleness`; before version 0 they were what they were then."""
+        """The parameters `back` versions ago, at most `num_past`; before version 0 they were what they were then."""
         return self.past[back - 1] if back else self.parameter.detach()
 
     def apply(self, gradient_sum: Tensor, *, scale: float, learning_rate: float) -> None:

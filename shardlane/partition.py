@@ -208,14 +208,14 @@ OPTIMIZER_STATES = {
 """State tensors of each optimizer, by torch's names, each of the chunk's shape, fp32."""
 
 
-def past_names(staleness: int) -> tuple[str, ...]:
+def past_names(num_past: int) -> tuple[str, ...]:
     """The parameters one version ago, two, …: from which steps are still to be computed under SSP."""
-    return tuple(f"parameter_{back}_ago" for back in range(1, staleness + 1))
+    return tuple(f"parameter_{back}_ago" for back in range(1, num_past + 1))
 
 
-def state_names(optimizer: str, staleness: int = 0) -> tuple[str, ...]:
+def state_names(optimizer: str, num_past: int = 0) -> tuple[str, ...]:
     """What is kept of each chunk beside its parameters."""
-    return (*OPTIMIZER_STATES[optimizer], *past_names(staleness))
+    return (*OPTIMIZER_STATES[optimizer], *past_names(num_past))
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,7 +230,7 @@ class MemoryPlan:
 def memory_plan(config: Config, shard_chunks: Sequence[Sequence[ChunkId]], num_shard_copies: int = 1) -> MemoryPlan:
     """`shard_chunks`: the chunks of which each shard is primary; a shard holds about `num_shard_copies` times as much."""
     layout = Layout.of(config)
-    states = 2 + len(state_names(config.optimizer.name, config.train.staleness))
+    states = 2 + len(state_names(config.optimizer.name, config.train.num_past))
     shard = max(sum(layout.chunks[chunk].num_bytes for chunk in chunks) for chunks in shard_chunks)
     stage = stage_bytes(config, config.cluster.stages, config.cluster.replicas)
     return MemoryPlan(layout.num_parameters * BYTES_PER_ELEMENT, shard * states * num_shard_copies, stage)
@@ -243,6 +243,8 @@ def stage_bytes(config: Config, num_stages: int, num_replicas: int) -> int:
     copies = 2 + (lanes.bit_length() if lanes > 1 else 0)
     if config.train.local_steps > 1:
         copies += 1 + len(OPTIMIZER_STATES[config.inner.name])  # what a lane began with, and its optimizer
+    if config.train.looks_ahead:
+        copies += 3  # the version before, the one that comes back, and the way between them
     if config.communication.push.startswith("top_k"):
         copies += 2 * lanes  # what was left out before this step, and after it
     stages = split_layers(layer_costs(config.model, config.train.seq_len), num_stages)

@@ -37,6 +37,7 @@ from shardlane.lane_compute import (
 from shardlane.lane_sums import LaneSums
 from shardlane.lanes import Block, lane
 from shardlane.local_steps import LocalSteps
+from shardlane.look_ahead import look_ahead
 from shardlane.manifest import PARAMETER, build_manifest, check_resume, checkpoint_folder, prune, tensor_names, write_manifest
 from shardlane.model import Stage, whole_model
 from shardlane.numerics import configure_torch, numerics_class, square_sum
@@ -160,17 +161,17 @@ class Reference:
 
     def _initial(self, chunk: Chunk) -> ChunkOptimizer:
         values = initial_chunk(self.config, self.layout, chunk)
-        decay, staleness = self.layout.tensors[chunk.tensor].decay, self.config.train.staleness
-        return ChunkOptimizer(self.config.optimizer, values, decay=decay, staleness=staleness)
+        decay, num_past = self.layout.tensors[chunk.tensor].decay, self.config.train.num_past
+        return ChunkOptimizer(self.config.optimizer, values, decay=decay, num_past=num_past)
 
     @property
     def _names(self) -> tuple[str, ...]:
         """Of what is kept of each chunk."""
-        return tensor_names(self.config.optimizer.name, self.config.train.staleness)
+        return tensor_names(self.config.optimizer.name, self.config.train.num_past)
 
     def _train_step(self, step: int) -> Row:
         train, optimizer = self.config.train, self.config.optimizer
-        self._fill_leaves(Version(train.reads(step)))
+        self._fill_for(step)
         sums = {name: LaneSums(train.lanes) for name in self._leaves}
         losses, num_tokens = [], 0
         for index in range(train.lanes):
@@ -234,6 +235,18 @@ class Reference:
                 total.add_(flat[name].narrow(0, chunk.offset, chunk.num_elements))
             totals.append(total)
         return totals
+
+    def _fill_for(self, step: int) -> None:
+        """What `step` is computed from."""
+        version = Version(self.config.train.reads(step))
+        if not (self.config.train.looks_ahead and version):
+            self._fill_leaves(version)
+            return
+        self._fill_leaves(Version(version - 1))
+        before = {name: leaf.detach().clone() for name, leaf in self._leaves.items()}
+        self._fill_leaves(version)
+        look_ahead({name: leaf.detach() for name, leaf in self._leaves.items()}, before, step - version)
+        self._filled = Version(-1)
 
     def _fill_leaves(self, version: Version) -> None:
         """Every site is a leaf of its own and holds a copy of its chunks as they were at `version`."""

@@ -82,6 +82,7 @@ class Seat:
         self._attempt = Attempt()
         self._step = Version(0)  # that is computed
         self._published = Version(0)  # the newest version that is known to be
+        self._loaded: Version | None = None  # that the parameters are of; None: not one
         self._channels: dict[Incarnation, grpc.Channel] = {}
         self._clients: dict[Incarnation, rpc.Client] = {}
         self._connect_shards()
@@ -181,8 +182,12 @@ class Seat:
 
     def pull(self, pull: Pull, attempt: Attempt) -> None:
         """Raises `Superseded`, `Abandoned`."""
+        if self._around.config.train.looks_ahead:
+            self.compute.keep_before(is_of_the_version_before=self._loaded == pull.version - 1)
+        self._loaded = None
         with self._around.instruments.waiting("pull_wait"):
             self._puller.take(pull.version, attempt)
+        self._loaded = pull.version
         self._published = pull.published
         self._pusher.begin(pull.published)
         self._around.inbox.begin(pull.step, pull.version, pull.published)
@@ -212,6 +217,8 @@ class Seat:
             if config.goes_by_lanes:
                 blocks = [lane(each) for block in blocks for each in block.lanes]
             try:
+                if config.train.looks_ahead and (version := config.train.reads(step)):
+                    self.compute.look_ahead(step - version)
                 for micro_batches in self.compute.begin(blocks):
                     self._flush(step, micro_batches)
                     self.compute.end_flush(step)

@@ -15,6 +15,7 @@ from shardlane.lane_compute import count_targets, micro_batches_of, run_stage, t
 from shardlane.lane_sums import LaneSums
 from shardlane.lanes import Block, lane
 from shardlane.local_steps import LocalSteps
+from shardlane.look_ahead import look_ahead
 from shardlane.model import Stage
 from shardlane.partition import Layout, StageLayers
 from shardlane.rates import tree_sum
@@ -54,6 +55,8 @@ class StageCompute:
         self._losses: dict[int, list[Tensor]] = {}  # by lane, in index order
         self._local: LocalSteps | None = None
         self._num_lanes_done = 0  # with local steps
+        self._before: dict[str, Tensor] = {}  # the version before the one in the parameters, to look ahead from
+        self._restored: dict[str, Tensor] = {}  # what the parameters are again after a run that looked ahead
         if config.train.local_steps > 1:
             self._local = LocalSteps(config, self.flat_parameters, Layout.of(config).decays(layers))
         put_off = {id(each) for each in self._weight_gradients.weights}
@@ -97,6 +100,20 @@ class StageCompute:
         """The work is done or abandoned: the parameters are those of the version again."""
         if self._local is not None:
             self._local.restore()
+        for name, values in self._restored.items():
+            self.flat_parameters[name].copy_(values)
+        self._restored.clear()
+
+    def keep_before(self, *, is_of_the_version_before: bool) -> None:
+        """Another version is about to come into the parameters: whether what they are is of the one before it."""
+        self._before = {name: each.clone() for name, each in self.flat_parameters.items()} if is_of_the_version_before else {}
+
+    def look_ahead(self, num_versions: int) -> None:
+        """Until `end` the parameters are where they are headed in so many versions."""
+        if not self._before:
+            raise ValueError("the version before the one in the parameters is not known here")
+        self._restored = {name: each.clone() for name, each in self.flat_parameters.items()}
+        look_ahead(self.flat_parameters, {name: each.clone() for name, each in self._before.items()}, num_versions)
 
     def forward(self, micro_batch: MicroBatch, x: Tensor, targets: Tensor | None = None) -> Tensor:
         """x: int64 [B, T] in a first stage, else fp32 [B, T, H], which becomes a leaf. Hidden states [B, T, H], or the loss."""

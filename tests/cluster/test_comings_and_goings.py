@@ -60,7 +60,7 @@ class Guests:
         assert status is not None
         (member,) = [each for each in status.members if each.member.incarnation == shard]
         config = configs.load(TINY)
-        tensors = len(tensor_names(config.optimizer.name, config.train.staleness))
+        tensors = len(tensor_names(config.optimizer.name, config.train.num_past))
         num_shards = sum(each.member.role == coordinator_pb2.ROLE_SHARD for each in status.members)
         share = (
             Layout.of(config).num_parameters * BYTES_PER_ELEMENT * tensors * config.cluster.num_copies(num_shards) / num_shards

@@ -55,7 +55,19 @@ def test_local_steps_and_what_is_rounded_by_chance_come_out_alike_again(tmp_path
 
 @pytest.mark.timeout(RUN_SECONDS_MAX)
 def test_kills_with_several_steps_open_cost_no_step_and_no_bit(tmp_path: Path) -> None:
-    figures = chaos(tmp_path, *SHAPE, "1", "--faults", "1", "--train.consistency", "ssp", "--train.staleness", "1")
+    figures = chaos(
+        tmp_path,
+        *SHAPE,
+        "1",
+        "--faults",
+        "1",
+        "--train.consistency",
+        "ssp",
+        "--train.staleness",
+        "1",
+        "--train.look_ahead",
+        "true",
+    )
     assert_nothing_was_lost(tmp_path, figures, groups=[f"{place}, kill" for place in PLACES], each=1)
 
 

@@ -96,12 +96,16 @@ def test_every_codec_is_as_exact_as_the_reference(truth: Truth, tmp_path: Path, 
         assert comparable(rows_of(tmp_path / name)) == comparable(rows)
 
 
-@pytest.mark.parametrize(("staleness", "codec"), [(1, "fp32"), (2, "int8_stochastic"), (7, "fp32")])
+@pytest.mark.parametrize(
+    ("staleness", "look_ahead", "codec"),
+    [(1, False, "fp32"), (1, True, "fp32"), (2, True, "int8_stochastic"), (7, False, "fp32")],
+)
 def test_steps_from_older_versions_are_as_exact_as_the_reference(
-    truth: Truth, tmp_path: Path, staleness: int, codec: str
+    truth: Truth, tmp_path: Path, staleness: int, look_ahead: bool, codec: str
 ) -> None:
     steps = ["--train.max_steps", "6", "--validation.every_steps", "1"]
     overrides = [*steps, "--train.consistency", "ssp", "--train.staleness", str(staleness), "--communication.push", codec]
+    overrides += ["--train.look_ahead", str(look_ahead).lower(), "--communication.pull", "bf16" if staleness == 2 else "fp32"]
     digest, rows = train_reference(truth.config(*overrides), truth.tokens)
     for name, shape in (("deep", (2, 2, 2)), ("wide", (1, 4, 3)), ("long", (4, 1, 1))):
         assert train(truth.config(*overrides, *shaped(*shape)), tmp_path / name) == digest

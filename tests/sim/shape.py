@@ -25,6 +25,7 @@ class Shape:
     num_lanes: int = 4
     num_steps: int = 4
     staleness: int = 0
+    look_ahead: bool = False
     num_stages: int = 1
     num_replicas: int = 2
     num_spare_shards: int = 0
@@ -70,6 +71,7 @@ SHAPES: dict[str, Shape] = {
     ),
     "SSP, everything": Shape(
         staleness=2,
+        look_ahead=True,
         num_steps=6,
         faults=EVERYTHING,
         num_faults_max=4,
@@ -109,6 +111,7 @@ def config_of(shape: Shape) -> Config:
                 "max_steps": shape.num_steps,
                 "consistency": "ssp",
                 "staleness": shape.staleness,
+                "look_ahead": shape.look_ahead,
             },
             "pipeline": {"schedule": shape.schedule},
             "validation": {"num_micro_batches": shape.num_validations, "every_steps": 2 if shape.num_validations else 0},

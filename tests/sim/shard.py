@@ -205,7 +205,7 @@ class ShardProcess(MemberProcess):
                 if held is None:
                     continue
                 now, history = held.version, self.texts.parameters[chunk]
-                if now - call.version <= self.world.config.train.staleness:
+                if now - call.version <= self.world.config.train.num_past:
                     past = history[: call.version]
                     self._answer(call, lambda call=call, chunk=chunk, past=past: call.on_data(chunk, past))
                 else:

@@ -209,7 +209,8 @@ class Stepper:
         """Drops what is under way, for `step`, which may be open already."""
         abandon, self._lane_by_lane = self._abandon(), True
         self.step, self.phase = step, Phase.PULLING
-        return [abandon, self._pull(self._reads(step))]
+        version = self._reads(step)  # and the one before it, to look ahead
+        return [abandon, self._pull(version - 1 if version and self._config.train.looks_ahead else version)]
 
     def _pull(self, version: int) -> Pull:
         self._pulling = Version(version)
@@ -247,7 +248,8 @@ class Stepper:
 
     def _go_on(self) -> list[Effect]:
         """`_loaded` is in the parameters, and validated if it is to be."""
-        return [self._pull(self._loaded + 1)] if self.phase is Phase.WAITING else self._begin_step()
+        is_short = self.phase is Phase.PULLING and self._loaded < self._reads(self.step)
+        return [self._pull(self._loaded + 1)] if self.phase is Phase.WAITING or is_short else self._begin_step()
 
     def _advance(self) -> None:
         self.step, self.phase = Version(self.step + 1), Phase.PULLING

@@ -102,6 +102,16 @@ def test_a_validation_of_every_version_comes_when_it_is_loaded() -> None:
     assert validated == [1, 2, 3, 4, 5, 6]
 
 
+def test_who_looks_ahead_loads_the_version_before_first() -> None:
+    story = Story(2, **{"train.look_ahead": True})
+    story.tell(Superseded(1, Version(5)))
+    assert (story.stepper.step, story.pulls) == (5, [2])
+    story.pulled()
+    assert (story.pulls, story.runs) == ([3], [])
+    story.pulled()
+    assert story.runs == [5]
+
+
 def test_a_superseded_version_leads_to_the_oldest_open_step() -> None:
     story = Story(2)
     story.tell(Superseded(1, Version(5)))
