@@ -91,17 +91,9 @@ class TrainConfig(Section):
         "bsp", description="bsp: every step is computed from the version before it; ssp: from an older one, see `staleness`"
     )
     staleness: int = Field(
-        0,
-        ge=0,
-        le=16,
-        description="ssp: step t is computed from version t - staleness, so a replica may be so many steps ahead of another;"
-        " 1 is the one-step delay of PipeDream-2BW, which hides all communication",
+        0, ge=0, le=16, description="ssp: step t is computed from version t - staleness; 1 is the one-step delay of PipeDream-2BW"
     )
-    look_ahead: bool = Field(
-        False,
-        description="ssp: compute from where the parameters are headed: the version read, moved on by its last update for each"
-        " version that it is old (SpecTrain, Chen et al. 2018)",
-    )
+    look_ahead: bool = Field(False, description="ssp: compute from where the version read is headed, by its last update")
     seed: int = Field(1234, ge=0, lt=1 << 63)
 
     @model_validator(mode="after")

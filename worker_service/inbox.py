@@ -28,7 +28,9 @@ STANDING = worker_pb2.TRANSFER_KIND_STANDING
 
 
 class StepClosed(Exception):
-    """The next version is published: nothing of the step is needed any more, and neighbours may have left it."""
+    """The next version is published: nothing of the step is needed any more, and neighbours may have left it. Of a validation:
+    the stage before has gone on without it.
+    """
 
 
 Direction = Literal["above", "below"]
@@ -65,10 +67,12 @@ class Inbox:
         on_ahead: Callable[[Version, PlanNumber], None],
         on_reseated: Callable[[PlanNumber], None],
         on_lane: Callable[[Direction, Version, MicroBatch], None],
+        reads: Callable[[int], int] = lambda step: step,
     ) -> None:
         """`on_ahead`: a neighbour in the replica that this plan formed knows a later version. `on_reseated`: one works in a
         replica that was formed later than the one here. `on_lane`: it asks from below, or tells from above, that the lane which
-        begins with the micro-batch runs again."""
+        begins with the micro-batch runs again. `reads`: the version that a step is computed from."""
+        self._reads = reads
         self._me, self._run_id, self._pool = me, run_id, pool
         self._budget_bytes = budget_bytes // 2
         self._on_ahead, self._on_reseated, self._on_lane = on_ahead, on_reseated, on_lane
@@ -78,6 +82,7 @@ class Inbox:
         self._step = Version(0)  # the next, or under way
         self._version = Version(0)  # in the parameters
         self._published = Version(0)  # the newest version that is known here, or was told by a neighbour
+        self._validated = -1  # no more comes of the validation of this version, nor of those before it
         self._items: dict[Key, Tensor] = {}
         self._known: set[Key] = set()  # here, on its way, or used: not taken a second time
         self._bytes: dict[Direction, int] = {"above": 0, "below": 0}
@@ -94,9 +99,9 @@ class Inbox:
         """Takes up a plan: everything before it is void. `seat` is None for a worker that rests."""
         with self._changed:
             self._number, self._seat = number, seat
-            self._step = self._version = self._published = Version(
-                0
-            )  # a roll-back goes to an earlier one, and a neighbour may be there first
+            # A roll-back goes to an earlier version, and a neighbour may be there first.
+            self._step = self._version = self._published = Version(0)
+            self._validated = -1
             self._drop(lambda key: True)
             self._changed.notify_all()
 
@@ -119,13 +124,17 @@ class Inbox:
         `is_closed`, which is looked at again after `wake`."""
         key = (kind, version, index)
         with self._changed:
-            attempt.wait(self._changed, lambda: key in self._items or is_closed())
+            attempt.wait(self._changed, lambda: key in self._items or self._is_skipped(key) or is_closed())
             if key not in self._items:
                 raise StepClosed
             item = self._items.pop(key)
             self._bytes[_direction(kind)] -= item.nbytes
             self._changed.notify_all()
             return item
+
+    def _is_skipped(self, key: Key) -> bool:
+        """What comes from above comes in order: validations of a version before the first step that reads it, or a later one."""
+        return key[0] == VALIDATION and key[1] <= self._validated
 
     def give(self, item: Tensor) -> None:
         """The memory of an item may be used again."""
@@ -170,6 +179,15 @@ class Inbox:
             deadline = time.monotonic() + rpc.WAIT_SECONDS
 
     def _note(self, seat: Seat, header: worker_pb2.TransferRequest) -> None:
+        is_over = -1
+        if header.kind == VALIDATION:
+            is_over = header.step - 1
+        elif header.sender == seat.above:
+            is_over = self._reads(header.step)
+        if is_over > self._validated:
+            with self._changed:
+                self._validated = is_over
+                self._changed.notify_all()
         if header.published > self._published:
             self._published = Version(header.published)
             self._on_ahead(self._published, seat.number)

@@ -281,6 +281,10 @@ class Seat:
 
     def validate(self, version: Version, indices: Sequence[int], attempt: Attempt) -> None:
         """Forwards only; the last stage reports each loss. Raises `Abandoned`."""
+        with suppress(StepClosed):
+            self._validate(version, indices, attempt)
+
+    def _validate(self, version: Version, indices: Sequence[int], attempt: Attempt) -> None:
         self._attempt, around, layers = attempt, self._around, self.compute.layers
         for index in indices:
             attempt.check()

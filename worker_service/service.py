@@ -81,6 +81,7 @@ class WorkerService:
             on_ahead=lambda version, formed: self._post(events.PeerAhead(version, formed)),
             on_reseated=lambda formed: self._post(events.PeerReseated(formed)),
             on_lane=self._on_lane,
+            reads=run.config.train.reads,
         )
         pools = {"Transfer": ThreadPoolExecutor(TRANSFERS_MAX, thread_name_prefix="transfer")}
         handler = rpc.handler(SERVICE, WorkerServicer(self.inbox), pools=pools, observer=self.metrics.observer, callers=CALLERS)

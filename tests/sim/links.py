@@ -39,12 +39,14 @@ class Inbox:
         self._number = PlanNumber(0, 0)
         self._is_seated = False
         self._step = self._version = self._published = Version(0)
+        self._validated = -1
         self.items: set[tuple[str, int, int]] = set()
         self._known: set[tuple[str, int, int]] = set()
 
     def open(self, number: PlanNumber, is_seated: bool) -> None:
         self._number, self._is_seated = number, is_seated
         self._step = self._version = self._published = Version(0)
+        self._validated = -1
         self.items.clear()
         self._known.clear()
 
@@ -56,12 +58,15 @@ class Inbox:
     def _is_past(self, key: tuple[str, int, int]) -> bool:
         return key[1] < (self._version if key[0] == VALIDATION else self._step)
 
+    def is_skipped(self, key: tuple[str, int, int]) -> bool:
+        return key[0] == VALIDATION and key[1] <= self._validated
+
     def run_again(self, version: Version, lane: Lane) -> None:
         void = {(ACTIVATION, version, lane), (GRADIENT, version, lane)}
         self.items -= void
         self._known -= void
 
-    def receive(self, number: PlanNumber, item: Item, published: Version) -> None:
+    def receive(self, number: PlanNumber, item: Item, published: Version, *, is_above: bool) -> None:
         worker = self._worker
         if number > self._number:
             worker.post(events.PeerReseated(number))
@@ -69,6 +74,11 @@ class Inbox:
             raise RefusedError("not ready")
         if not self._is_seated or number < self._number:
             raise RefusedError("stale")
+        if item.kind == VALIDATION:
+            self._validated = max(self._validated, item.version - 1)
+        elif is_above:
+            self._validated = max(self._validated, worker.world.config.train.reads(item.version))
+        worker.pump()
         if published > self._published:
             self._published = published
             worker.post(events.PeerAhead(published, number))
@@ -89,8 +99,16 @@ class Link:
     """One direction to one neighbour: in order, and again from the open step's first item when it breaks."""
 
     def __init__(
-        self, worker: WorkerProcess, receiver: Incarnation, number: PlanNumber, published: Callable[[], Version]
+        self,
+        worker: WorkerProcess,
+        receiver: Incarnation,
+        number: PlanNumber,
+        published: Callable[[], Version],
+        *,
+        is_above: bool,
     ) -> None:
+        """`is_above`: this stage comes before the receiver's."""
+        self._is_above = is_above
         self._worker, self._receiver, self._number, self._published = worker, receiver, number, published
         self._items: list[Item] = []
         self._next = 0
@@ -129,6 +147,6 @@ class Link:
 
         def handle() -> None:
             if neighbour is not None:
-                neighbour.inbox.receive(self._number, item, published)
+                neighbour.inbox.receive(self._number, item, published, is_above=self._is_above)
 
         worker.network.call(worker, neighbour, handle, on_reply, on_failure)

@@ -23,7 +23,7 @@ HAPPENS: dict[str, str] = {
     "one copy": "kill shard, roll-backs, checkpoints",
     "one copy of pipelines": "kill shard, roll-backs, checkpoints",
     "one-step delay, deaths": "kill shard, kill worker, roll-backs, computed ahead, duplicate, not_owner",
-    "one-step delay, comings": "join shard, join worker, leave shard, leave worker, computed ahead",
+    "one-step delay, comings, a bad network": "join shard, join worker, leave shard, leave worker, computed ahead",
     "one-step delay, pipelines": "stop shard, part shard, leave worker, registered again, computed ahead",
     "SSP, everything": "kill shard, kill coordinator, part shard, leave shard, checkpoint, pause run, lost, computed ahead",
     "a coordinator that dies": "kill coordinator, stop coordinator, part coordinator, kill shard",

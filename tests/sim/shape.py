@@ -65,7 +65,7 @@ SHAPES: dict[str, Shape] = {
         replication=1, num_steps=5, num_stages=2, checkpoint_every=2, faults={"kill shard": 4, "kill worker": 1}
     ),
     "one-step delay, deaths": Shape(staleness=1, num_steps=6, faults=DEATHS),
-    "one-step delay, comings": Shape(staleness=1, num_steps=7, faults=COMINGS),
+    "one-step delay, comings, a bad network": Shape(staleness=1, num_steps=7, faults=COMINGS, weather=BAD),
     "one-step delay, pipelines": Shape(
         staleness=1, num_steps=6, num_stages=2, faults={**COMINGS, **SILENCES, "stop run": 1, "pause run": 1}, num_faults_max=3
     ),
@@ -79,7 +79,6 @@ SHAPES: dict[str, Shape] = {
         num_validations=2,
         num_stages=2,
         num_replicas=2,
-        weather=BAD,
     ),
     "a coordinator that dies": Shape(
         faults={"kill coordinator": 4, "stop coordinator": 1, "part coordinator": 1, "kill shard": 2, "kill worker": 1},

@@ -43,12 +43,13 @@ class Seat:
         self.pusher = Pusher(worker, plan)
         self.parameters_version = -1
         self.computed_seconds = 0.0
+        self._was_skipped = False  # what was waited for last will not come
         self.above, self.below = self._link(stage - 1), self._link(stage + 1)
         worker.inbox.open(self._formed, is_seated=True)
 
     def _link(self, stage: int) -> Link | None:
         there = 0 <= stage < len(self.chain)
-        return Link(self.worker, self.chain[stage], self._formed, self.newest) if there else None
+        return Link(self.worker, self.chain[stage], self._formed, self.newest, is_above=stage > self.stage) if there else None
 
     def newest(self) -> Version:
         return max(self.published, self.puller.published)
@@ -129,8 +130,12 @@ class Seat:
         items, key = self.worker.inbox, (kind, version, index)
 
         def take() -> bool:
+            self._was_skipped = False
             if key in items.items:
                 items.items.discard(key)
+                return True
+            if items.is_skipped(key):
+                self._was_skipped = True
                 return True
             return kind != VALIDATION and self._is_over(version)
 
@@ -153,6 +158,8 @@ class Seat:
         for index in indices:
             if self.above is not None:
                 yield self._taken(VALIDATION, version, index)
+                if self._was_skipped:
+                    return
             yield self.worker.seconds_a_lane
             if self.below is not None:
                 self.below.send(Item(VALIDATION, version, index))

@@ -178,6 +178,18 @@ def test_a_neighbour_that_leaves_a_closed_step_undone_says_so(receiver: Receiver
     assert receiver.ahead == [2, 3] and receiver.lanes == []
 
 
+def test_a_validation_that_the_stage_before_has_gone_past_is_not_waited_for(
+    receiver: Receiver, link_to: Callable[..., Link]
+) -> None:
+    link = link_to(receiver)
+    begin(receiver, 3)
+    send(link, VALIDATION, 3, 0, seed=1)
+    send(link, ACTIVATION, 3, 0, seed=2)
+    assert torch.equal(receiver.take(VALIDATION, 3, 0), values(1)), "what is here is taken"
+    with pytest.raises(StepClosed):
+        receiver.take(VALIDATION, 3, 1)
+
+
 def test_a_lane_that_runs_again_is_taken_again(receiver: Receiver, link_to: Callable[..., Link]) -> None:
     link = link_to(receiver)
     send(link, ACTIVATION, 0, 2, seed=1)

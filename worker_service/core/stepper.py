@@ -193,7 +193,17 @@ class Stepper:
         if state in ("finished", "failed"):
             self.phase = Phase.DONE
             return [self._abandon(), Leave()]
-        return self._begin_step() if self.phase is Phase.HELD and state == "training" else []
+        if state == "training":
+            return self._resume()
+        if state == "finishing" and self._config.train.staleness and self._step_is_open:
+            abandon, self.phase = self._abandon(), Phase.HELD  # the step is beyond the last version, which may be to be validated
+            return [abandon, *self._begin_step()]
+        return []
+
+    def _resume(self) -> list[Effect]:
+        if self.phase is Phase.VALIDATING and self._validates_in is Phase.HELD:
+            return self._go_to(self.step)  # neighbours that are not held do not take part
+        return self._begin_step() if self.phase is Phase.HELD else []
 
     def _abandon(self) -> Abandon:
         self.attempt += 1
@@ -288,7 +298,8 @@ class Stepper:
             return []
         if self._state != "training":
             self.phase = Phase.HELD  # and validates what may be the last version
-            return [self._pull(self._loaded + 1)] if self._loaded < self.step else []
+            is_more = self._loaded < self.step or (self._state == "finishing" and self._config.train.staleness > 0)
+            return [self._pull(self._loaded + 1)] if is_more else []
         if self.replica is None:
             return []
         if self._pulling is not None or self._loaded != self._reads(self.step):

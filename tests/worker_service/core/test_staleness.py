@@ -158,6 +158,28 @@ def test_a_run_that_is_held_loads_what_may_be_its_last_version_and_goes_back_whe
     assert story.runs == [3]
 
 
+def test_a_step_beyond_the_last_version_is_left_for_the_versions_that_may_be_validated() -> None:
+    story = Story(2)
+    story.until_running(4)
+    story.tell(StateChanged("finishing"))
+    for version in (3, 4, 5):
+        assert story.pulls == [version]
+        story.pulled()
+    assert story.runs == []
+
+
+def test_a_validation_in_a_pause_gives_way_to_neighbours_that_go_on() -> None:
+    story = Story(1, **{"validation.every_steps": 3, "validation.num_micro_batches": 4})
+    story.until_running(2)
+    story.tell(StateChanged("paused"))
+    story.ran()
+    story.pulled()
+    story.pulled()
+    assert story.stepper.phase is Phase.VALIDATING
+    story.tell(StateChanged("training"))
+    assert (story.stepper.phase, story.pulls) == (Phase.PULLING, [2])
+
+
 def test_what_is_refused_of_an_earlier_open_step_is_pushed_again() -> None:
     story = Story(1)
     story.until_running(3)
