@@ -29,11 +29,12 @@ from shardlane.config import Config, load
 from shardlane.prepare import ensure_prepared
 
 BSP, DELAY, SSP = "BSP", "one-step delay", "SSP, s = 2"
-MODES: dict[str, dict[str, object]] = {
-    BSP: {},
+LATE: dict[str, dict[str, object]] = {
     DELAY: {"train.consistency": "ssp", "train.staleness": 1},
     SSP: {"train.consistency": "ssp", "train.staleness": 2},
 }
+AHEAD = {f"{name}, looking ahead": {**changes, "train.look_ahead": True} for name, changes in LATE.items()}
+MODES: dict[str, dict[str, object]] = {BSP: {}, **LATE, **AHEAD}
 WORSE = 0.01  # or two deviations between seeds
 TURN_STEPS = 4.0  # how long one replica is slow at a time, in steps of an undisturbed replica
 
@@ -96,7 +97,7 @@ def measure_speed(report: Report, config: Config, folder: Path, *, rounds: int, 
         free, braked = rates(config, folder / f"speed-{index}-bsp", window_seconds=window_seconds, turn_seconds=None)
         report.samples.setdefault(f"{BSP}, slowness by turns", []).append(braked)
         report.samples.setdefault(f"{BSP}, undisturbed", []).append(free)
-        for name in (DELAY, SSP):
+        for name in LATE:
             changed = config.with_changes(MODES[name])
             run_dir = folder / f"speed-{index}-{changed.train.staleness}"
             _, rate = rates(changed, run_dir, window_seconds=window_seconds, turn_seconds=TURN_STEPS / free)

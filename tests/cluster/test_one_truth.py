@@ -115,6 +115,16 @@ def test_steps_from_older_versions_are_as_exact_as_the_reference(
     assert train(truth.config(*overrides, *shaped(1, 2, 2)), tmp_path / "resumed") == digest
 
 
+def test_a_run_begun_under_bsp_goes_on_under_ssp_alike_in_every_shape(truth: Truth, tmp_path: Path) -> None:
+    """It has no versions before the one that it goes on from: they were like that one."""
+    late = ["--train.consistency", "ssp", "--train.staleness", "2", "--train.look_ahead", "true"]
+    digests = set()
+    for name, shape in (("deep", (2, 1, 2)), ("wide", (1, 2, 1))):
+        train(truth.config(*shaped(*shape), "--train.stop_at_step", "2"), tmp_path / name)
+        digests.add(train(truth.config(*shaped(*shape), *late), tmp_path / name, fork=True))
+    assert len(digests) == 1 and truth.of(False)[0] not in digests
+
+
 def test_no_staleness_is_bsp(truth: Truth, tmp_path: Path) -> None:
     digest, rows = truth.of(False)
     assert train(truth.config(*shaped(2, 2, 2), "--train.consistency", "ssp"), tmp_path) == digest
