@@ -40,8 +40,8 @@ MODES: Mapping[str, Mapping[str, object]] = {
 }
 CHANGES: dict[str, object] = {
     **SMALL,
-    "train.global_batch_size": 4,
-    "train.micro_batch_size": 2,
+    "train.global_batch_size": 2,
+    "train.micro_batch_size": 1,
     "train.max_steps": 1_000_000,
     "validation.num_micro_batches": 0,
     "cluster.shards": 2,
@@ -63,12 +63,12 @@ def theirs(config: Config, wires: Wires | None, folder: Path, *, window_seconds:
     file.write_text(to_toml(config), encoding="utf-8")
     port, address = str(free_port()), wires.address(0) if wires else "127.0.0.1"
     with ExitStack() as stack:
-        ranks = []
-        for rank in range(2):
+        ranks: dict[int, Child] = {}
+        for rank in (1, 0):  # rank 0 ends first, and tells the other
             environment = {"GLOO_SOCKET_IFNAME": wires.interface(rank) if wires else "lo"}
             prefix = wires.prefix(rank) if wires else []
             where = [str(rank), str(file), config.data.path, address, port]
-            ranks.append(stack.enter_context(Child("benchmarks.links_peer", *where, environment=environment, prefix=prefix)))
+            ranks[rank] = stack.enter_context(Child("benchmarks.links_peer", *where, environment=environment, prefix=prefix))
         ranks[0].read()
         num_steps = max(2, int(window_seconds / (ranks[0].ask(steps=3) / 3)))
         return num_steps * config.train.global_batch_size * config.train.seq_len / float(ranks[0].ask(steps=num_steps))
