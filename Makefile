@@ -93,7 +93,8 @@ evidence: setup
 	.venv/bin/python -m benchmarks.outage --json docs/evidence/outage.json
 	.venv/bin/python -m benchmarks.straggler --json docs/evidence/straggler.json
 	.venv/bin/python -m benchmarks.compression --json docs/evidence/compression.json
-	.venv/bin/python -m benchmarks.consistency --json docs/evidence/consistency.json
+	.venv/bin/python -m benchmarks.consistency --only loss --json docs/evidence/consistency.json
+	.venv/bin/python -m benchmarks.consistency --learning-rate 3e-3 --json docs/evidence/consistency-at-3e-3.json
 	.venv/bin/python -m benchmarks.links --json docs/evidence/links.json # needs root, for network namespaces
 	.venv/bin/python -m benchmarks.plots docs/evidence
 	rm -rf runs/evidence # a run in an old folder would go on from there

@@ -44,7 +44,6 @@ def main(arguments: Sequence[str], environment: Mapping[str, str]) -> int:
     from coordinator.service import CoordinatorService  # brings gRPC, which looks at its variables as it is loaded
     from shardlane import rpc
     from shardlane.metrics import Metrics
-    from shardlane.tls import Tls
 
     flags, overrides = parser(environment).parse_with_overrides(list(arguments), required=("--config", "--run-dir"))
     lifetime = Lifetime()
@@ -62,7 +61,7 @@ def main(arguments: Sequence[str], environment: Mapping[str, str]) -> int:
         advertise=flags.advertise,
         fork=flags.fork_run,
         metrics=metrics,
-        network=rpc.Network(Tls.of(flags.ssl_ca_certfile, flags.ssl_certfile, flags.ssl_keyfile)),
+        network=rpc.Network.of(flags),
     )
     service.start()
     try:

@@ -28,14 +28,12 @@ def parser(environment: Mapping[str, str]) -> ServiceParser:
 def main(arguments: list[str], environment: Mapping[str, str]) -> int:
     from shardlane import rpc  # brings gRPC, which looks at its variables as it is loaded
     from shardlane.member import fetch_run
-    from shardlane.tls import Tls
 
     flags = parser(environment).parse(arguments, required=("--coordinator",))
     lifetime = Lifetime()
     lifetime.install_signals()
     lifetime.watch_parent(environment)
-    network = rpc.Network(Tls.of(flags.ssl_ca_certfile, flags.ssl_certfile, flags.ssl_keyfile))
-    run = fetch_run(flags.coordinator, run_id=flags.run_id, network=network)
+    run = fetch_run(flags.coordinator, run_id=flags.run_id, network=rpc.Network.of(flags))
     logs.configure(run.config.log, role="shard", run=run.run_id)
     prepare_process(run.config.numerics.threads)
 

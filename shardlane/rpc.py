@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import socket
+from argparse import Namespace
 from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -303,6 +304,11 @@ class Network:
     """How this process reaches others, and is reached: by mutual TLS, or in plain text."""
 
     tls: Tls | None = None
+
+    @classmethod
+    def of(cls, flags: Namespace) -> Network:
+        """As a service's `--ssl-…` flags say it. Raises `UserError`."""
+        return cls(Tls.of(flags.ssl_ca_certfile, flags.ssl_certfile, flags.ssl_keyfile))
 
     def connect(self, address: str, *, to: str, own_connection: bool = False) -> grpc.Channel:
         """`to`: the role of whom is meant."""

@@ -18,7 +18,7 @@ from shardlane.errors import ForbiddenError, UserError
 
 DOMAIN = "shardlane.internal"
 ROLES = ("coordinator", "shard", "worker", "operator")
-_NAMES_KEY = "x509_subject_alternative_name"
+_NAMES_KEY, _TRANSPORT_KEY = "x509_subject_alternative_name", "transport_security_type"
 
 
 def name_of(role: str) -> str:
@@ -107,10 +107,10 @@ def _configuration(files: _Files) -> grpc.ServerCertificateConfiguration:
 
 def caller_roles(context: grpc.ServicerContext) -> frozenset[str] | None:
     """The roles in the caller's certificate; None: it has none, for this is plain text."""
-    names: Any = context.auth_context().get(_NAMES_KEY)
-    if names is None:
+    found: Any = context.auth_context()
+    if found.get(_TRANSPORT_KEY) != [b"ssl"]:
         return None
-    said = {bytes(name).decode(errors="replace") for name in names}
+    said = {bytes(name).decode(errors="replace") for name in found.get(_NAMES_KEY, ())}
     return frozenset(role for role in ROLES if name_of(role) in said)
 
 

@@ -23,7 +23,7 @@ from shardlane.errors import UserError
 from shardlane.ids import PROTOCOL_VERSION
 from shardlane.pb import coordinator_pb2, ps_pb2, worker_pb2
 from shardlane.prepare import ensure_prepared
-from shardlane.tls import ROLES, Tls, name_of
+from shardlane.tls import ROLES, Tls, caller_roles, name_of
 from tests.cluster.threads import Cluster, digest_of, running, train_reference
 
 TINY = Path(__file__).parents[2] / "configs" / "tiny.toml"
@@ -124,6 +124,37 @@ def test_a_role_may_call_what_is_its_own(cluster: Cluster, certs: Path) -> None:
     assert [
         each.value for each in samples if each.name == "grpc_server_handled_total" and labels.items() <= each.labels.items()
     ] == [1]
+
+
+def test_a_certificate_of_no_role_may_call_nothing(cluster: Cluster, certs: Path, tmp_path: Path) -> None:
+    certificate, key = Authority.in_folder(certs).issue(["somebody.example"], days=1)
+    files = {"ca": (certs / "ca.pem").read_bytes(), "certificate": certificate, "key": key}
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    network = rpc.Network(Tls(*(tmp_path / name for name in files)))
+    with network.connect(cluster.coordinator.address, to="coordinator") as channel:
+        code, details = refusal(
+            lambda: rpc.Client(channel, COORDINATOR).GetStatus(coordinator_pb2.GetStatusRequest(), timeout=20)
+        )
+    assert (code, details.partition(";")[2]) == (
+        grpc.StatusCode.PERMISSION_DENIED,
+        " the caller has a certificate without a role",
+    )
+
+
+class Connection:
+    """What gRPC says of one."""
+
+    def __init__(self, **found: list[bytes]) -> None:
+        self._found = found
+
+    def auth_context(self) -> dict[str, list[bytes]]:
+        return self._found
+
+
+def test_without_any_name_a_certificate_is_still_none_of_plain_text() -> None:
+    assert caller_roles(Connection(transport_security_type=[b"insecure"])) is None  # type: ignore[arg-type]
+    assert caller_roles(Connection(transport_security_type=[b"ssl"])) == frozenset()  # type: ignore[arg-type]
 
 
 def test_a_client_is_not_taken_in_by_a_server_of_another_role(cluster: Cluster, certs: Path) -> None:
