@@ -6,6 +6,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from cryptography import x509
+from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric.ec import SECP256R1, EllipticCurvePrivateKey, generate_private_key
 from cryptography.hazmat.primitives.serialization import (
@@ -22,6 +23,7 @@ from shardlane.tls import ROLES, name_of
 
 AUTHORITY_DAYS = 3650
 CLOCKS_DIFFER = timedelta(minutes=5)
+RENEWED_WITH_LEFT = 1 / 3  # of a certificate's life, as cert-manager does by itself
 
 
 class Authority:
@@ -47,17 +49,35 @@ class Authority:
         certificate, key = folder / "ca.pem", folder / "ca.key"
         if not certificate.exists() and not key.exists():
             made = cls.new()
-            replace_file(key, _pem_of(made._key), mode=0o600)
-            replace_file(certificate, made.certificate.public_bytes(Encoding.PEM))
+            replace_file(key, made.key_pem, mode=0o600)
+            replace_file(certificate, made.pem)
             return made
+        fault = f"{folder} has no whole authority in ca.pem and ca.key; name an empty folder"
         try:
-            found = x509.load_pem_x509_certificate(certificate.read_bytes())
-            loaded = load_pem_private_key(key.read_bytes(), password=None)
-        except (OSError, ValueError, TypeError) as error:
-            raise UserError(f"{folder} has no whole authority in ca.pem and ca.key: {error}; name an empty folder") from error
+            return cls.of(certificate.read_bytes(), key.read_bytes(), fault)
+        except OSError as error:
+            raise UserError(f"{fault} ({error.strerror})") from error
+
+    @classmethod
+    def of(cls, certificate: bytes, key: bytes, fault: str) -> Authority:
+        """From PEM. Raises `UserError`, which says `fault` and the reason, for what is none."""
+        try:
+            found, loaded = x509.load_pem_x509_certificate(certificate), load_pem_private_key(key, password=None)
+        except (ValueError, TypeError) as error:
+            raise UserError(f"{fault} ({error})") from error
         if not isinstance(loaded, EllipticCurvePrivateKey):
-            raise UserError(f"{key} is not the key of an elliptic curve; name an empty folder")
+            raise UserError(f"{fault} (the key is not of an elliptic curve)")
+        if found.public_key() != loaded.public_key():
+            raise UserError(f"{fault} (the key is not the certificate's)")
         return cls(found, loaded)
+
+    @property
+    def pem(self) -> bytes:
+        return self.certificate.public_bytes(Encoding.PEM)
+
+    @property
+    def key_pem(self) -> bytes:
+        return _pem_of(self._key)
 
     def issue(self, names: list[str], *, days: float, now: datetime | None = None) -> tuple[bytes, bytes]:
         """(certificate, key), PEM, for DNS names; good for `days` from `now`."""
@@ -83,6 +103,27 @@ def write_certificates(folder: Path, *, days: int) -> None:
             replace_file(folder / f"{role}.pem", certificate)
     except OSError as error:
         raise UserError(f"cannot write certificates to {folder}: {error.strerror}") from error
+
+
+def unfit(certificate: bytes, key: bytes, authority: Authority, names: list[str], *, now: datetime) -> str | None:
+    """Why a certificate and its key (PEM; empty: none) should be made anew; None: they are good, for a while yet."""
+    if not certificate or not key:
+        return "there was none"
+    try:
+        found, loaded = x509.load_pem_x509_certificate(certificate), load_pem_private_key(key, password=None)
+        said = found.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    except (ValueError, TypeError, x509.ExtensionNotFound):
+        return "what was there is no certificate with names, or no key"
+    if found.public_key() != loaded.public_key():
+        return "the key was another one's"
+    try:
+        found.verify_directly_issued_by(authority.certificate)
+    except (ValueError, TypeError, InvalidSignature):
+        return "the old one was of another authority"
+    if said.get_values_for_type(x509.DNSName) != names:
+        return f"the old one was not for {', '.join(names)}"
+    begin, end = found.not_valid_before_utc, found.not_valid_after_utc
+    return "the old one ends soon" if end - now < (end - begin) * RENEWED_WITH_LEFT else None
 
 
 def _builder(

@@ -56,6 +56,8 @@ _TUNING: list[tuple[str, Any]] = [
     ("grpc.keepalive_time_ms", KEEPALIVE_SECONDS * 1000),
     ("grpc.keepalive_timeout_ms", KEEPALIVE_SECONDS * 1000),
     ("grpc.keepalive_permit_without_calls", 1),
+    # of a host that was replaced under its old name the new address is asked for soon, not after gRPC's 30 s
+    ("grpc.dns_min_time_between_resolutions_ms", 1000),
 ]
 _SERVER_OPTIONS = [
     *_TUNING,

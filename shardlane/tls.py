@@ -18,6 +18,7 @@ from shardlane.errors import ForbiddenError, UserError
 
 DOMAIN = "shardlane.internal"
 ROLES = ("coordinator", "shard", "worker", "operator")
+_READS_MAX = 8
 _NAMES_KEY, _TRANSPORT_KEY = "x509_subject_alternative_name", "transport_security_type"
 
 
@@ -89,6 +90,17 @@ class Tls:
         return _configuration(files)
 
     def _read(self) -> _Files:
+        """Of one and the same time: a certificate read before they are replaced, and a key read after, would not fit. Kubernetes
+        replaces all at once, by a symbolic link.
+        """
+        found = self._read_once()
+        for _ in range(_READS_MAX):
+            before, found = found, self._read_once()
+            if found == before:
+                break
+        return found
+
+    def _read_once(self) -> _Files:
         found = []
         for what, file in (("authority", self.ca), ("certificate", self.certificate), ("key", self.key)):
             try:

@@ -18,7 +18,7 @@ PURE, LIBRARY, CORE, WIRE, SHELL, SERVICER, TOP = range(7)
 FLOORS = {
     **dict.fromkeys(("", "__version__", "ids", "errors", "config", "partition", "lanes", "samples", "rates", "plan"), PURE),
     **dict.fromkeys(("cadence", "tally", "ledger", "presets"), PURE),
-    **dict.fromkeys(("pb", "wire", "rpc", "metrics", "member", "tls", "certificates"), WIRE),
+    **dict.fromkeys(("pb", "wire", "rpc", "metrics", "member", "tls", "certificates", "kubernetes"), WIRE),
     **dict.fromkeys(("cli", "chaos"), TOP),
 }
 # Third-party packages that a floor may not import while it is below another.

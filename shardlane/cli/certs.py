@@ -16,7 +16,9 @@ python -m ps_service --coordinator 10.0.0.5:7070 --bind 10.0.0.6:7071 --ssl-ca-c
 
 shardlane status 10.0.0.5:7070 --certs certs
 
-Give each machine ca.pem and the two files of its role. [bold]ca.key[/bold] signs whatever it is asked to: keep it elsewhere."""
+Give each machine ca.pem and the two files of its role. [bold]ca.key[/bold] signs whatever it is asked to: keep it elsewhere.
+
+In Kubernetes a Job runs `shardlane certs --kubernetes-secrets shardlane` (deploy/k8s/base/certificates.yaml)."""
 
 
 def register(app: typer.Typer) -> None:
@@ -24,15 +26,31 @@ def register(app: typer.Typer) -> None:
 
 
 def certs(
-    folder: Annotated[Path, typer.Argument(help="Where the files are, or will be: ca.pem, ca.key, ROLE.pem, ROLE.key.")],
+    folder: Annotated[
+        Path | None,
+        typer.Argument(help="Where the files are, or will be: ca.pem, ca.key, ROLE.pem, ROLE.key.", show_default=False),
+    ] = None,
     days: Annotated[int, typer.Option(min=1, help="How long a role's certificate is good.")] = 365,
+    prefix: Annotated[
+        str,
+        typer.Option("--kubernetes-secrets", metavar="PREFIX", help="Fill the Secrets PREFIX-ROLE-tls of this pod's namespace."),
+    ] = "",
 ) -> None:
     """Make certificates for mutual TLS: an authority, and a certificate for each role (coordinator, shard, worker, operator).
 
     An authority that is there is used again, so this renews, too: services take up new files for new connections by themselves.
+    Of Secrets only those are filled that need it: empty ones, and those with less than a third of their time left.
     """
     from shardlane.certificates import write_certificates
+    from shardlane.errors import UserError
+    from shardlane.kubernetes import SecretStore, fill_secrets
     from shardlane.tls import ROLES
 
-    write_certificates(folder, days=days)
-    print(f"{folder}: certificates for {', '.join(ROLES)}, good for {days} days")
+    if (folder is None) == (not prefix):
+        raise UserError("give a folder, or --kubernetes-secrets, and not both")
+    if folder is not None:
+        write_certificates(folder, days=days)
+        print(f"{folder}: certificates for {', '.join(ROLES)}, good for {days} days")
+        return
+    lines = fill_secrets(SecretStore.of_pod(), prefix, days=days)
+    print("\n".join(lines) or f"{prefix}: the certificates of {', '.join(ROLES)} are good")
