@@ -84,7 +84,7 @@ class ApiServer:
     def read(self, name: str) -> dict[str, bytes]:
         return {key: base64.b64decode(value) for key, value in self.secrets[name].items()}
 
-    def _handler(server) -> type[BaseHTTPRequestHandler]:  # noqa: N805
+    def _handler(server) -> type[BaseHTTPRequestHandler]:
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
                 self._reply({})
@@ -238,7 +238,7 @@ def test_half_an_authority_is_not_replaced(server: ApiServer, store: SecretStore
     """Its certificates would be refused by all that have those of the old one."""
     fill(store)
     server.put("shardlane-authority", {"tls.key": ""})
-    with pytest.raises(UserError, match="the Secret shardlane-authority has no whole authority in tls.crt and tls.key"):
+    with pytest.raises(UserError, match=r"the Secret shardlane-authority has no whole authority in tls\.crt and tls\.key"):
         fill(store)
 
 
