@@ -1,10 +1,10 @@
-"""docker-compose.yml and the kustomize base start what the code has: commands that parse, ports, users, numbers of processes."""
+"""docker-compose.yml and the image start what the code has: commands that parse, ports, users, numbers of processes."""
 
 from __future__ import annotations
 
 import importlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -126,101 +126,3 @@ def test_what_the_dockerfile_copies_is_let_in(repository: Path) -> None:
         if line.startswith("COPY ") and "--from" not in line:
             copied.update(line.split()[1:-1])
     assert copied == let_in and all((repository / path).exists() for path in copied)
-
-
-# ---- Kubernetes ---------------------------------------------------------------------------------------------------------
-
-BASE = "deploy/k8s/base"
-WORKLOADS = {"StatefulSet", "Deployment"}
-
-
-def documents(repository: Path) -> Iterator[dict[str, Any]]:
-    kustomization = yaml.safe_load((repository / BASE / "kustomization.yaml").read_text(encoding="utf-8"))
-    for name in kustomization["resources"]:
-        yield from yaml.safe_load_all((repository / BASE / name).read_text(encoding="utf-8"))
-
-
-def workloads(repository: Path) -> dict[str, dict[str, Any]]:
-    """By component."""
-    found = [each for each in documents(repository) if each["kind"] in WORKLOADS]
-    return {each["spec"]["template"]["metadata"]["labels"]["app.kubernetes.io/component"]: each for each in found}
-
-
-def containers(workload: dict[str, Any]) -> list[dict[str, Any]]:
-    pod = workload["spec"]["template"]["spec"]
-    return [*pod.get("initContainers", ()), *pod["containers"]]
-
-
-def environment_of(container: dict[str, Any]) -> dict[str, str]:
-    return {each["name"]: each.get("value", "10.0.0.7") for each in container.get("env", ())}
-
-
-def test_manifests_are_what_kubernetes_takes(repository: Path) -> None:
-    validator = pytest.importorskip("kubernetes_validate", reason="kubernetes-validate is not installed")
-    for each in documents(repository):
-        validator.validate(each, validator.latest_version(), strict=True)
-
-
-def test_every_file_is_listed(repository: Path) -> None:
-    kustomization = yaml.safe_load((repository / BASE / "kustomization.yaml").read_text(encoding="utf-8"))
-    listed = {*kustomization["resources"], *kustomization["configMapGenerator"][0]["files"], "kustomization.yaml"}
-    assert {file.name for file in (repository / BASE).iterdir()} == listed
-
-
-def test_no_manifest_names_a_namespace(repository: Path) -> None:
-    assert all("namespace" not in each["metadata"] for each in documents(repository))
-
-
-@pytest.mark.parametrize("component", ["coordinator", "shard", "worker"])
-def test_kubernetes_services_parse(repository: Path, component: str) -> None:
-    container = workloads(repository)[component]["spec"]["template"]["spec"]["containers"][0]
-    flags = parse(container["args"], image_environment(repository) | environment_of(container))
-    check_serving(flags)
-    assert {port["containerPort"] for port in container["ports"]} == {GRPC_PORT, METRICS_PORT}
-    assert all(container[probe]["grpc"]["port"] == GRPC_PORT for probe in ("startupProbe", "readinessProbe", "livenessProbe"))
-    assert flags.advertise, "a pod's host name means nothing to other pods"
-
-
-@pytest.mark.parametrize("component", ["coordinator", "shard", "worker"])
-def test_pods_are_restricted(repository: Path, component: str) -> None:
-    """As the Pod Security Standard of that name has it, and bounded in memory."""
-    workload = workloads(repository)[component]
-    pod = workload["spec"]["template"]["spec"]
-    assert pod["securityContext"]["runAsNonRoot"] and pod["securityContext"]["runAsUser"] == USER
-    assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
-    assert pod["enableServiceLinks"] is False  # they would set variables that begin with SHARDLANE_
-    for container in containers(workload):
-        context = container["securityContext"]
-        assert context["allowPrivilegeEscalation"] is False and context["capabilities"] == {"drop": ["ALL"]}
-        assert container["resources"]["limits"]["memory"] and container["resources"]["requests"]["cpu"]
-
-
-def test_references_between_manifests_hold(repository: Path) -> None:
-    by_kind = {kind: set[str]() for kind in ("Service", "PersistentVolumeClaim")}
-    for each in documents(repository):
-        by_kind.setdefault(each["kind"], set()).add(each["metadata"]["name"])
-    for workload in workloads(repository).values():
-        spec, pod = workload["spec"], workload["spec"]["template"]["spec"]
-        assert spec.get("serviceName", "shardlane-shards") in by_kind["Service"]
-        assert spec["selector"]["matchLabels"].items() <= spec["template"]["metadata"]["labels"].items()
-        volumes = {each["name"] for each in pod["volumes"]}
-        volumes |= {each["metadata"]["name"] for each in spec.get("volumeClaimTemplates", ())}
-        for container in containers(workload):
-            assert {mount["name"] for mount in container["volumeMounts"]} <= volumes
-            host = environment_of(container).get("SHARDLANE_COORDINATOR", "shardlane-coordinator:7070").partition(":")[0]
-            assert host in by_kind["Service"]
-        claims = {each["persistentVolumeClaim"]["claimName"] for each in pod["volumes"] if "persistentVolumeClaim" in each}
-        assert claims <= by_kind["PersistentVolumeClaim"]
-
-
-def test_kubernetes_starts_as_many_as_its_config_places(repository: Path) -> None:
-    config = configs.load(repository / BASE / "config.toml")
-    found = {component: workload["spec"]["replicas"] for component, workload in workloads(repository).items()}
-    assert found == {
-        "coordinator": 1,
-        "shard": config.cluster.shards,
-        "worker": config.cluster.stages * config.cluster.replicas,
-    }
-    coordinator = workloads(repository)["coordinator"]
-    mounts = {mount["mountPath"] for container in containers(coordinator) for mount in container["volumeMounts"]}
-    assert config.data.path.startswith("/shared/") and config.checkpoint.path.startswith("/shared/") and "/shared" in mounts
