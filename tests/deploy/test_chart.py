@@ -12,6 +12,7 @@ import yaml
 
 from shardlane import __version__
 from tests.deploy.renderings import CHART, Object, helm, of_kind, rendering
+from tests.deploy.test_kubernetes import OLDEST
 
 OF_HELM = {"app.kubernetes.io/managed-by", "helm.sh/chart"}
 
@@ -62,6 +63,7 @@ def test_lint_finds_nothing_but_that_there_is_no_icon() -> None:
 def test_it_is_of_the_code_s_version() -> None:
     chart = yaml.safe_load((CHART / "Chart.yaml").read_text(encoding="utf-8"))
     assert chart["appVersion"] == chart["version"] == __version__
+    assert chart["kubeVersion"] == f">={OLDEST}.0-0"
 
 
 @pytest.mark.parametrize(

@@ -35,6 +35,7 @@ from tests.deploy.test_manifests import GRPC_PORT, METRICS_PORT, USER, check_ser
 validating = pytest.importorskip("kubernetes_validate.utils", reason="kubernetes-validate is not installed")
 SCHEMAS = Path(__file__).parent / "schemas"
 VERSIONS = sorted({validating.major_minor(each) for each in validating.all_versions()}, key=lambda text: int(text.split(".")[1]))
+OLDEST = "1.29"  # as the chart and docs/kubernetes.md say
 STOP_SECONDS = 10  # what a service does after it has drained: reports are flushed, calls end
 FILES = {"--ssl-ca-certfile": "ca.crt", "--ssl-certfile": "tls.crt", "--ssl-keyfile": "tls.key"}
 ANNOTATION_BYTES_MAX = 256 << 10  # `kubectl apply` keeps the object in one
@@ -61,7 +62,7 @@ def validate(each: Object, version: str) -> None:
         validating.validate(each, version, strict=True)
 
 
-@pytest.mark.parametrize("version", [VERSIONS[-1], VERSIONS[-3]])
+@pytest.mark.parametrize("version", [VERSIONS[-1], VERSIONS[-3], OLDEST])
 def test_every_object_is_what_its_schema_says(objects: tuple[Object, ...], version: str) -> None:
     for each in objects:
         validate(each, version)
