@@ -19,7 +19,7 @@ import yaml
 REPOSITORY = Path(__file__).resolve().parents[2]
 KUSTOMIZE = REPOSITORY / "deploy/k8s"
 CHART = REPOSITORY / "deploy/helm/shardlane"
-COMPONENT, NAME = "app.kubernetes.io/component", "app.kubernetes.io/name"
+COMPONENT = "app.kubernetes.io/component"
 MEMBERS = ("coordinator", "shard", "worker")
 Object = dict[str, Any]
 
