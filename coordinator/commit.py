@@ -1,11 +1,10 @@
-"""A checkpoint's manifest is written on a thread of its own: a slow disk holds up no heartbeat."""
+"""A checkpoint's manifest is written on a thread of its own: a slow disk or object store holds up no heartbeat."""
 
 from __future__ import annotations
 
 import queue
 import threading
 from collections.abc import Callable
-from pathlib import Path
 
 from coordinator.core.events import CheckpointMark, CommitCheckpoint
 from coordinator.dataset import Dataset
@@ -13,6 +12,7 @@ from shardlane.config import Config
 from shardlane.errors import CheckpointError
 from shardlane.ids import Version
 from shardlane.manifest import PartReport, build_manifest, checkpoint_folder, prune, write_manifest
+from shardlane.storage import Location
 
 Committed = Callable[[CheckpointMark], None]
 Failed = Callable[[Version, str], None]
@@ -22,7 +22,14 @@ class Committer:
     """Commits checkpoints in the order in which they became whole, then removes old ones."""
 
     def __init__(
-        self, config: Config, dataset: Dataset, root: Path, *, committed: Committed, failed: Failed, warn: Callable[[str], None]
+        self,
+        config: Config,
+        dataset: Dataset,
+        root: Location,
+        *,
+        committed: Committed,
+        failed: Failed,
+        warn: Callable[[str], None],
     ) -> None:
         self._config, self._dataset, self._root = config, dataset, root
         self._committed, self._failed, self._warn = committed, failed, warn
@@ -63,5 +70,5 @@ class Committer:
             data_hash=self._dataset.digest,
             tokenizer_hash=self._dataset.tokenizer_hash,
         )
-        write_manifest(checkpoint_folder(self._root, commit.version), manifest)
-        return CheckpointMark(commit.version, manifest.digest)
+        there = write_manifest(checkpoint_folder(self._root, commit.version), manifest)
+        return CheckpointMark(commit.version, there.digest)

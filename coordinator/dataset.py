@@ -9,20 +9,21 @@ from pathlib import Path
 
 from shardlane.config import Config
 from shardlane.errors import DataError
+from shardlane.storage import Location, file_size, locate
 
 _NOT_DIGESTED = ("source", "unigram_entropy_nats")  # for people: not what training sees
 
 
 @dataclass(frozen=True, slots=True)
 class Dataset:
-    path: Path
+    path: Location
     digest: str
     tokenizer_hash: str
 
 
 def read_dataset(config: Config, run_dir: Path) -> Dataset:
     """Reads the index and looks at the files' sizes; who trains on them checks their bytes. Raises `DataError`."""
-    folder = (Path(config.data.path).expanduser() if config.data.path else run_dir / "data").absolute()
+    folder = locate(config.data.path or str(run_dir / "data"))
     try:
         values = json.loads((folder / "index.json").read_bytes())
         essential = {key: value for key, value in values.items() if key not in _NOT_DIGESTED}
@@ -49,9 +50,9 @@ def read_dataset(config: Config, run_dir: Path) -> Dataset:
 _TOKEN_BYTES = {"uint16": 2, "uint32": 4}
 
 
-def _check_size(file: Path, expected: int) -> None:
+def _check_size(file: Location, expected: int) -> None:
     try:
-        found = file.stat().st_size
+        found = file_size(file)
     except OSError as error:
         raise DataError(f"cannot read {file}: {error.strerror}; run `shardlane prepare` again") from error
     if found != expected:

@@ -20,6 +20,7 @@ from shardlane.ids import RunId, Timeline, Version
 from shardlane.ledger import Expected
 from shardlane.manifest import Manifest, check_resume, newest_complete, read_manifest
 from shardlane.pb import coordinator_pb2
+from shardlane.storage import Location
 
 
 @dataclass(frozen=True)
@@ -31,8 +32,8 @@ class Session:
     is_restart: bool
 
 
-def open_session(config: Config, dataset: Dataset, store: Store, *, run_dir: Path, root: Path, fork: bool) -> Session:
-    """`root`: the folder of checkpoints. Raises `CheckpointError` if the run may not be resumed by this config, or the newest
+def open_session(config: Config, dataset: Dataset, store: Store, *, run_dir: Path, root: Location, fork: bool) -> Session:
+    """`root`: where checkpoints lie. Raises `CheckpointError` if the run may not be resumed by this config, or the newest
     checkpoint is damaged; `OSError` or `sqlite3.Error` on a full disk."""
     snapshot = store.load()
     folder = newest_complete(root)

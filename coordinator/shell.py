@@ -50,6 +50,7 @@ from shardlane.metrics import Metrics
 from shardlane.partition import Layout
 from shardlane.pb import coordinator_pb2
 from shardlane.plan import Plan
+from shardlane.storage import locate
 
 PROBE_SECONDS = 0.5
 PROBES = 5  # of a process that closes connections without a word
@@ -70,8 +71,7 @@ class Coordinator:
         """Takes over the run of `run_dir`. Raises `DataError`, `CheckpointError`, or `UserError` for a folder it cannot use."""
         self._clock = clock
         self.dataset = read_dataset(config, run_dir)
-        checkpoints = config.checkpoint.path
-        self.root = (Path(checkpoints).expanduser() if checkpoints else run_dir / "checkpoints").absolute()
+        self.root = locate(config.checkpoint.path or str(run_dir / "checkpoints"))
         self.config = config.with_changes({"data.path": str(self.dataset.path)})
         self.num_chunks = len(Layout.of(config).chunks)
         self._log = logger(role="coordinator")

@@ -18,6 +18,7 @@ from shardlane.metrics import Metrics
 from shardlane.numerics import configure_torch, numerics_class
 from shardlane.pb import coordinator_pb2
 from shardlane.plan import Plan
+from shardlane.storage import locate
 
 SUMMARIES_A_BEAT = 512
 FLUSH_SECONDS_MAX = 5.0  # for reports that the coordinator has not taken yet
@@ -42,7 +43,7 @@ class ShardService:
             self.me,
             run.config,
             run_id=run.run_id,
-            checkpoint_path=run.checkpoint_path,
+            checkpoint_path=locate(run.checkpoint_path),
             instruments=ShardInstruments(self.metrics),
             report_checkpoint=self._report_checkpoint,
             on_plan=self._on_peers_plan,

@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import takewhile
-from pathlib import Path
 
 from torch import Tensor
 
@@ -59,9 +59,13 @@ from shardlane.manifest import checkpoint_folder, tensor_names
 from shardlane.partition import Layout
 from shardlane.pb import coordinator_pb2
 from shardlane.plan import Plan
+from shardlane.storage import Location
 
 APPLY_THREADS_MAX = 4  # each updates one chunk at a time
+LOOK_SECONDS = 0.1  # that a heartbeat waits for the lock before it looks whether a checkpoint is being read
 SUMMARIES_MAX = 4096  # decided steps kept while the coordinator is away; the oldest are lost to metrics.jsonl beyond that
+
+Copies = tuple[PlanNumber | None, list[tuple[ChunkId, Incarnation]], list[ChunkId]]
 
 
 class Shard:
@@ -73,7 +77,7 @@ class Shard:
         config: Config,
         *,
         run_id: RunId,
-        checkpoint_path: Path,
+        checkpoint_path: Location,
         instruments: ShardInstruments,
         report_checkpoint: Callable[[coordinator_pb2.ReportCheckpointRequest], None],
         on_plan: Callable[[coordinator_pb2.Plan], None],
@@ -92,6 +96,8 @@ class Shard:
         self._on_plan, self._on_milestone, self._network = on_plan, on_milestone, network
         self._appliers = ThreadPoolExecutor(min(APPLY_THREADS_MAX, os.cpu_count() or 1), thread_name_prefix="apply")
         self._lock = threading.Lock()
+        self._is_loading = False
+        self._told_copies: Copies = (None, [], [])
         self._outboxes: dict[Incarnation, Outbox] = {}
         self._summaries: deque[coordinator_pb2.StepSummary] = deque(maxlen=SUMMARIES_MAX)
         self._core = ShardCore(
@@ -169,28 +175,40 @@ class Shard:
         for outbox in self._outboxes.values():
             outbox.close()
 
-    def copies(self) -> tuple[PlanNumber | None, list[tuple[ChunkId, Incarnation]], list[ChunkId]]:
+    def copies(self) -> Copies:
         """The plan here, the learners that have caught up in it, and the chunks whose copies here were found wrong."""
-        with self._lock:
-            plan = self._core.plan
-            return (None, [], []) if plan is None else (plan.number, self._core.caught_up(), sorted(self._core.diverged))
+        with self._unless_loading() as is_held:
+            if is_held and (plan := self._core.plan) is not None:
+                self._told_copies = plan.number, self._core.caught_up(), sorted(self._core.diverged)
+            return self._told_copies
 
     # ---- what the coordinator is told ----------------------------------------------------------------------------------
 
     def unacknowledged(self, num_max: int) -> list[coordinator_pb2.StepSummary]:
-        with self._lock:
-            return [self._summaries[i] for i in range(min(num_max, len(self._summaries)))]
+        with self._unless_loading() as is_held:
+            return [self._summaries[i] for i in range(min(num_max, len(self._summaries)))] if is_held else []
 
     def hear(self, timeline: int, *, num_told: int, requests: int) -> None:
         """What the coordinator says of `timeline`: it has the summaries of all steps below `num_told`, and wants these REQUEST_*
         bits in the next record to close here. An answer from before a roll-back says nothing of the steps after it.
         """
-        with self._lock:
-            if self._core.plan is None or timeline != self._core.plan.timeline.id:
+        with self._unless_loading() as is_held:
+            if not is_held or self._core.plan is None or timeline != self._core.plan.timeline.id:
                 return
             while self._summaries and self._summaries[0].step < num_told:
                 self._summaries.popleft()
             self._core.requests |= requests
+
+    @contextmanager
+    def _unless_loading(self) -> Iterator[bool]:
+        """The lock, or not (False) while it is held to read a checkpoint, for as long as its store takes: heartbeats go on."""
+        while not (is_held := self._lock.acquire(timeout=LOOK_SECONDS)) and not self._is_loading:
+            pass
+        try:
+            yield is_held
+        finally:
+            if is_held:
+                self._lock.release()
 
     # ---- peers ---------------------------------------------------------------------------------------------------------
 
@@ -293,11 +311,15 @@ class Shard:
             for chunk in chunks:
                 self.store.put(chunk, timeline.version, {"parameter": self._initial(chunk)}, num_steps=0)
             return
-        with CheckpointReader(checkpoint_folder(self._checkpoint_path, timeline.version)) as reader:
-            if reader.manifest.digest != timeline.digest:
-                raise CheckpointError(f"{reader.folder} is another checkpoint than the one that the plan names")
-            for chunk in chunks:
-                self.store.put(chunk, timeline.version, reader.read_chunk(chunk), reader.manifest.optimizer_step)
+        self._is_loading = True
+        try:
+            with CheckpointReader(checkpoint_folder(self._checkpoint_path, timeline.version)) as reader:
+                if reader.manifest.digest != timeline.digest:
+                    raise CheckpointError(f"{reader.folder} is another checkpoint than the one that the plan names")
+                for chunk, tensors in reader.read_chunks(chunks):
+                    self.store.put(chunk, timeline.version, tensors, reader.manifest.optimizer_step)
+        finally:
+            self._is_loading = False
 
     def _initial(self, chunk: ChunkId) -> Tensor:
         return initial_chunk(self.config, self.layout, self.layout.chunks[chunk])

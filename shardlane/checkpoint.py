@@ -1,17 +1,17 @@
 """Part files of a checkpoint: safetensors, keys `<chunk id>/<tensor name>`, fp32, one dimension, little-endian.
 
-A part is written as a stream with about one chunk in memory, under a temporary name, and has its own name only when it is
-whole and durable. It is read chunk by chunk, each tensor checked against the manifest. The header is a pure function of
-the chunks and their sizes, so a reader accepts that one header and no other. Nothing is unpickled.
+A part is written as a stream with about one chunk in memory, and has its name only when it is whole and durable, in a folder
+as in an object store (`shardlane.storage`). It is read chunk by chunk, each tensor checked against the manifest. The header is
+a pure function of the chunks and their sizes, so a reader accepts that one header and no other. Nothing is unpickled.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -22,9 +22,10 @@ from torch import Tensor
 
 from shardlane.errors import CheckpointError
 from shardlane.ids import ChunkId
-from shardlane.manifest import PartReport, cannot_write, damaged, layout_of, read_complete, sync_folder
+from shardlane.manifest import PartReport, cannot_write, damaged, layout_of, read_complete
 from shardlane.numerics import fast_digest
 from shardlane.partition import BYTES_PER_ELEMENT
+from shardlane.storage import Location, Sink, Source, map_ahead, open_sink, open_source
 
 DATA_ALIGNMENT_BYTES = 64
 _LENGTH_BYTES = 8
@@ -54,58 +55,52 @@ class PartIndex:
 
 
 class PartWriter:
-    """Writes `part-<owner>.safetensors`. Chunks may come in any order; each has its place. For one thread at a time.
+    """Writes `part-<owner>.safetensors`. For one thread at a time.
 
-    Every method raises `CheckpointError` when the disk is full or not writable, and leaves no temporary file then.
+    In a folder chunks may come in any order, each has its place; in an object store they come in their own. Every method raises
+    `CheckpointError` when the disk is full or the place not writable, and leaves nothing half-written then.
     """
 
-    def __init__(self, folder: Path, owner: str, sizes: Mapping[ChunkId, int], names: Sequence[str]) -> None:
+    def __init__(self, folder: Location, owner: str, sizes: Mapping[ChunkId, int], names: Sequence[str]) -> None:
         """`sizes`: elements of each chunk; `names`: the tensors of each (`shardlane.manifest.tensor_names`)."""
         if not re.fullmatch(r"[A-Za-z0-9._-]+", owner):
             raise ValueError(f"{owner!r} cannot be part of a file name")
         self._sizes, self._names = dict(sizes), tuple(names)
         self._index = PartIndex.of(self._sizes, self._names)
         self._file = folder / f"part-{owner}.safetensors"
-        self._temporary = folder / f"{self._file.name}.tmp"
-        self._descriptor = -1
+        self._sink: Sink | None = None
         self._checksums: dict[ChunkId, dict[str, str]] = {}
         with self._writing():
-            folder.mkdir(parents=True, exist_ok=True)
-            self._descriptor = os.open(self._temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
-            self._write(memoryview(self._index.header), 0)
+            self._sink = open_sink(self._file, self._index.num_bytes)
+            self._sink.write(memoryview(self._index.header), 0)
 
     def add(self, chunk: ChunkId, tensors: Mapping[str, Tensor]) -> None:
         """Writes a chunk's tensors, each fp32 [size]. They are free to change when this returns."""
         size = self._sizes[chunk]
         if set(tensors) != set(self._names) or chunk in self._checksums:
             raise ValueError(f"chunk {chunk}: expected {self._names} once, found {tuple(tensors)}")
-        checksums = {}
+        checksums, sink = {}, self._opened
         with self._writing():
             for name in self._names:
                 tensor = tensors[name]
                 if tensor.dtype != torch.float32 or tensor.shape != (size,):
                     raise ValueError(f"chunk {chunk}: {name} is {tensor.dtype} {tuple(tensor.shape)}, expected float32 ({size},)")
                 checksums[name] = checksum(tensor)
-                self._write(raw_bytes(tensor), self._index.offsets[_key(chunk, name)])
+                sink.write(raw_bytes(tensor), self._index.offsets[_key(chunk, name)])
         self._checksums[chunk] = checksums
 
     def finish(self) -> PartReport:
         """Makes the part durable under its own name; every declared chunk must be in."""
         if len(self._checksums) != len(self._sizes):
-            raise ValueError(f"{len(self._checksums)} of {len(self._sizes)} chunks are in {self._temporary}")
+            raise ValueError(f"{len(self._checksums)} of {len(self._sizes)} chunks are in {self._file}")
         with self._writing():
-            os.fsync(self._descriptor)
-            self._close()
-            self._temporary.replace(self._file)
-            sync_folder(self._file.parent)
+            self._opened.commit()
         return PartReport(self._file.name, self._index.num_bytes, self._checksums)
 
     def abort(self) -> None:
         """Removes what was written; a finished part stays. May be called more than once."""
-        with suppress(OSError):
-            self._close()
-        with suppress(OSError):
-            self._temporary.unlink()
+        if self._sink is not None:
+            self._sink.abort()
 
     def __enter__(self) -> Self:
         return self
@@ -113,15 +108,10 @@ class PartWriter:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.abort()
 
-    def _close(self) -> None:
-        descriptor, self._descriptor = self._descriptor, -1
-        if descriptor >= 0:
-            os.close(descriptor)
-
-    def _write(self, data: memoryview, offset: int) -> None:
-        while data:
-            written = os.pwrite(self._descriptor, data, offset)
-            data, offset = data[written:], offset + written
+    @property
+    def _opened(self) -> Sink:
+        assert self._sink is not None
+        return self._sink
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
@@ -133,14 +123,20 @@ class PartWriter:
 
 
 class CheckpointReader:
-    """Reads chunks of a complete checkpoint; opens only the parts that it needs. Raises `CheckpointError`."""
+    """Reads chunks of a complete checkpoint; opens only the parts that it needs. For any thread. Raises `CheckpointError`."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Location) -> None:
         self.folder = folder
         self.manifest = read_complete(folder)
         self.layout = layout_of(self.manifest)
         self._num_bytes = {part.file: part.num_bytes for part in self.manifest.parts}
-        self._open: dict[str, tuple[int, PartIndex]] = {}
+        self._open: dict[str, tuple[Source, PartIndex]] = {}
+        self._opening = threading.Lock()
+
+    def read_chunks(self, chunks: Iterable[ChunkId]) -> Iterator[tuple[ChunkId, dict[str, Tensor]]]:
+        """Each as by `read_chunk`, in order; from an object store several at a time."""
+        read = map if isinstance(self.folder, Path) else map_ahead
+        return read(lambda chunk: (chunk, self.read_chunk(chunk)), chunks)
 
     def read_chunk(self, chunk: ChunkId) -> dict[str, Tensor]:
         """`parameter` and every optimizer state of a chunk, fp32 [size], verified, in memory of their own."""
@@ -150,12 +146,12 @@ class CheckpointReader:
         """One tensor of a chunk, fp32 [size], verified, in memory of its own (so aligned)."""
         entry = self.manifest.chunks[chunk]
         file = self.folder / entry.part
-        descriptor, index = self._part(entry.part)
+        source, index = self._part(entry.part)
         offset = index.offsets.get(_key(chunk, name))
         if offset is None:
             raise damaged(file, f"chunk {chunk} is not in its header")
         tensor = torch.empty(self.layout.chunks[chunk].num_elements, dtype=torch.float32)
-        _read(descriptor, raw_bytes(tensor), offset, file)
+        _read(source, raw_bytes(tensor), offset, file)
         if checksum(tensor) != entry.checksums[name]:
             tensor_name = self.layout.tensors[self.layout.chunks[chunk].tensor].name
             raise damaged(file, f"{name} of chunk {chunk} ({tensor_name}) does not match its checksum")
@@ -163,7 +159,7 @@ class CheckpointReader:
 
     def close(self) -> None:
         while self._open:
-            os.close(self._open.popitem()[1][0])
+            self._open.popitem()[1][0].close()
 
     def __enter__(self) -> Self:
         return self
@@ -171,28 +167,29 @@ class CheckpointReader:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
-    def _part(self, name: str) -> tuple[int, PartIndex]:
-        if name not in self._open:
-            file = self.folder / name
-            try:
-                descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
-            except OSError as error:
-                raise CheckpointError(f"cannot read {file}: {error.strerror}") from error
-            try:
-                self._open[name] = descriptor, self._read_index(descriptor, file)
-            except CheckpointError:
-                os.close(descriptor)
-                raise
-        return self._open[name]
+    def _part(self, name: str) -> tuple[Source, PartIndex]:
+        with self._opening:
+            if name not in self._open:
+                file = self.folder / name
+                try:
+                    source = open_source(file)
+                except OSError as error:
+                    raise _cannot_read(file, error) from error
+                try:
+                    self._open[name] = source, self._read_index(source, file)
+                except CheckpointError:
+                    source.close()
+                    raise
+            return self._open[name]
 
-    def _read_index(self, descriptor: int, file: Path) -> PartIndex:
+    def _read_index(self, source: Source, file: Location) -> PartIndex:
         length = bytearray(_LENGTH_BYTES)
-        _read(descriptor, memoryview(length), 0, file)
+        _read(source, memoryview(length), 0, file)
         num_bytes = int.from_bytes(length, "little")
         if num_bytes > self._num_bytes[file.name] - _LENGTH_BYTES:
             raise damaged(file, f"its header claims {num_bytes} bytes")
         text = bytearray(num_bytes)
-        _read(descriptor, memoryview(text), _LENGTH_BYTES, file)
+        _read(source, memoryview(text), _LENGTH_BYTES, file)
         try:
             chunks = {ChunkId(int(key.partition("/")[0])) for key in json.loads(text)}
             sizes = {chunk: self.layout.chunks[chunk].num_elements for chunk in chunks}
@@ -218,12 +215,14 @@ def _key(chunk: ChunkId, name: str) -> str:
     return f"{chunk}/{name}"
 
 
-def _read(descriptor: int, data: memoryview, offset: int, file: Path) -> None:
-    while data:
-        try:
-            count = os.preadv(descriptor, [data], offset)
-        except OSError as error:
-            raise CheckpointError(f"cannot read {file}: {error.strerror}") from error
-        if count == 0:
-            raise damaged(file, f"it ends at byte {offset}")
-        data, offset = data[count:], offset + count
+def _read(source: Source, data: memoryview, offset: int, file: Location) -> None:
+    try:
+        count = source.read(data, offset)
+    except OSError as error:
+        raise _cannot_read(file, error) from error
+    if count < len(data):
+        raise damaged(file, f"it ends at byte {offset + count}")
+
+
+def _cannot_read(file: Location, error: OSError) -> CheckpointError:
+    return CheckpointError(f"cannot read {file}: {error.strerror}")

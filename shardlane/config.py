@@ -15,16 +15,13 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from shardlane.errors import ConfigError
 from shardlane.presets import MODEL_PRESETS
+from shardlane.sections import CheckpointConfig, DataConfig, Section
 
 ENVIRONMENT_PREFIX = "SHARDLANE_"
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class ModelConfig(Section):
@@ -67,14 +64,6 @@ class ModelConfig(Section):
     @property
     def head_dim(self) -> int:
         return self.hidden_size // self.num_attention_heads
-
-
-class DataConfig(Section):
-    path: str = Field("", description="folder of a prepared token file; empty: RUN_DIR/data, prepared on first use")
-    source: str = Field("python-stdlib", description="text to prepare when `path` is empty: python-stdlib, a file or a folder")
-    tokenizer: str = Field("", description="a tokenizer.json to use; empty: train a byte-level BPE on the source")
-    source_bytes_max: int = Field(0, ge=0, description="stop reading the source after so many bytes; 0: read it all")
-    held_out_fraction: float = Field(0.02, ge=0, lt=1, description="part of the documents kept for validation")
 
 
 class TrainConfig(Section):
@@ -173,14 +162,6 @@ class PipelineConfig(Section):
 class ValidationConfig(Section):
     every_steps: int = Field(0, ge=0, description="0: only at the end")
     num_micro_batches: int = Field(8, ge=0, description="held-out micro-batches a validation; 0: never validate")
-
-
-class CheckpointConfig(Section):
-    path: str = Field("", description="folder of checkpoints; empty: RUN_DIR/checkpoints")
-    every_steps: int = Field(0, ge=0, description="0: only at the end and on request")
-    keep_last: int = Field(3, ge=1)
-    resume: Literal["auto", "never"] = "auto"
-    init_from: str = Field("", description="a safetensors file with Hugging Face names to take version 0 from")
 
 
 class ClusterConfig(Section):

@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from shardlane.errors import DataError
+from shardlane.storage import Location
 
 FORMAT_VERSION: Final = 1
 INDEX_FILE = "index.json"
@@ -211,18 +212,35 @@ def unigram_cross_entropy(train_counts: NDArray[np.int64], held_out_counts: NDAr
     return math.fsum(held_out_counts * (log_total - np.log1p(train_counts))) / num_held_out
 
 
+def file_sizes(index: Index) -> dict[str, tuple[int, str]]:
+    """Bytes and SHA-256 of every file of tokens, by name."""
+    dtype = _token_dtype(index.dtype)
+    found = {}
+    for split, entry in (("train", index.train), ("held_out", index.held_out)):
+        found[f"{split}.bin"] = entry.num_tokens * dtype.itemsize, entry.sha256
+        found[f"{split}.offsets.bin"] = (entry.num_documents + 1) * _OFFSET_DTYPE.itemsize, entry.offsets_sha256
+    return found
+
+
 def _token_dtype(name: str) -> np.dtype[Any]:
     return np.dtype(name).newbyteorder("<")
 
 
 def _read_index(path: Path) -> Index:
     try:
-        values = json.loads(path.read_bytes())
-        version = values["format_version"]
+        content = path.read_bytes()
     except FileNotFoundError:
         _missing(path)
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}; give this user the right to read it") from error
+    return parse_index(content, path)
+
+
+def parse_index(content: bytes, path: Location) -> Index:
+    """Of an `index.json`. Raises `DataError`, which names `path`."""
+    try:
+        values = json.loads(content)
+        version = values["format_version"]
     except (ValueError, TypeError, KeyError) as error:  # not JSON, not an object, not ours
         raise DataError(f"{path} is not the index of a token folder; {_AGAIN}") from error
     if version != FORMAT_VERSION:
@@ -236,12 +254,11 @@ def _read_index(path: Path) -> Index:
 
 
 def _open_split(folder: Path, split: Split, index: Index, verify: bool) -> TokenFile:
-    entry: SplitIndex = getattr(index, split)
-    dtype = _token_dtype(index.dtype)
     path, offsets_path = folder / f"{split}.bin", folder / f"{split}.offsets.bin"
-    _check_file(path, entry.num_tokens * dtype.itemsize, entry.sha256 if verify else None)
-    _check_file(offsets_path, (entry.num_documents + 1) * _OFFSET_DTYPE.itemsize, entry.offsets_sha256 if verify else None)
-    return TokenFile(path, _map(path, dtype), _map(offsets_path, _OFFSET_DTYPE))
+    for file in (path, offsets_path):
+        num_bytes, sha256 = file_sizes(index)[file.name]
+        _check_file(file, num_bytes, sha256 if verify else None)
+    return TokenFile(path, _map(path, _token_dtype(index.dtype)), _map(offsets_path, _OFFSET_DTYPE))
 
 
 def _check_file(path: Path, num_bytes: int | None, sha256: str | None) -> None:

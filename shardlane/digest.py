@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -17,9 +16,10 @@ from shardlane.checkpoint import CheckpointReader, raw_bytes
 from shardlane.ids import ChunkId
 from shardlane.manifest import PARAMETER
 from shardlane.partition import Chunk, Layout
+from shardlane.storage import Location
 
 
-def checkpoint_digest(folder: Path) -> str:
+def checkpoint_digest(folder: Location) -> str:
     """The digest of a checkpoint, every byte verified on the way, one chunk at a time. Raises `CheckpointError`."""
     with CheckpointReader(folder) as reader:
         return state_digest(reader.layout, reader.manifest.tensor_names, reader.read_tensor, reader.manifest.optimizer_step)
@@ -36,7 +36,7 @@ def state_digest(layout: Layout, names: tuple[str, ...], read: Callable[[ChunkId
     return total.hexdigest()
 
 
-def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
+def read_tensors(folder: Location) -> Iterator[tuple[str, Tensor]]:
     """Every parameter by its Hugging Face name, whole and in its shape, fp32, one at a time; a tied one once."""
     with CheckpointReader(folder) as reader:
         shapes = {tensor.name: tensor.shape for tensor in reader.layout.tensors}

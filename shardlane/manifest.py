@@ -3,18 +3,16 @@
     checkpoints/step-00000100/part-<owner>.safetensors    one a shard (`shardlane.checkpoint` writes and reads them)
     checkpoints/step-00000100/manifest.json               written last, atomically
 
-A folder without a valid manifest is no checkpoint. A manifest speaks of chunks, never of shards, so any topology can resume.
+A folder, or a prefix in an object store (`shardlane.storage`), without a valid manifest is no checkpoint. A manifest speaks of
+chunks, never of shards, so any topology can resume.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self
@@ -25,6 +23,7 @@ from shardlane.config import Config, ModelConfig
 from shardlane.errors import CheckpointError
 from shardlane.ids import ChunkId, RunId, Version
 from shardlane.partition import OPTIMIZER_STATES, Layout, state_names
+from shardlane.storage import Location, file_size, folders_in, remove_folder, write_whole
 
 FORMAT_VERSION: Final = 1
 MANIFEST = "manifest.json"
@@ -155,25 +154,30 @@ def build_manifest(
         raise CheckpointError(f"version {version} is not checkpointed: {_reason(error)}") from error
 
 
-def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Makes the checkpoint exist. Raises `CheckpointError`, and leaves none, if a part is missing or the disk is full."""
+def write_manifest(folder: Location, manifest: Manifest) -> Manifest:
+    """Makes the checkpoint exist, and returns the manifest that is there.
+
+    In an object store whoever is first has committed: that may have been we ourselves, by a request whose answer was lost, or
+    the coordinator before us on this timeline. Raises `CheckpointError`, and leaves none of ours, if a part is missing, the disk
+    is full, or the checkpoint is one of another timeline.
+    """
     _check_parts(folder, manifest)
-    temporary = folder / f"{MANIFEST}.tmp"
     try:
-        with temporary.open("wb") as file:
-            file.write(manifest.to_json().encode())
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(folder / MANIFEST)
-        sync_folder(folder)
-        sync_folder(folder.parent)
+        write_whole(folder / MANIFEST, manifest.to_json().encode())
+    except FileExistsError as error:
+        there = read_complete(folder)
+        if (there.run_id, there.timeline, there.version) != (manifest.run_id, manifest.timeline, manifest.version):
+            raise CheckpointError(
+                f"{folder} holds version {there.version} of run {there.run_id}, timeline {there.timeline}, already; it stays, and"
+                f" that of run {manifest.run_id}, timeline {manifest.timeline}, is not taken: give each run a checkpoint.path"
+            ) from error
+        return there
     except OSError as error:
-        with suppress(OSError):
-            temporary.unlink()
         raise cannot_write(folder / MANIFEST, error) from error
+    return manifest
 
 
-def read_manifest(folder: Path) -> Manifest:
+def read_manifest(folder: Location) -> Manifest:
     """The manifest, checked against its own checksum; the parts are not looked at. Raises `CheckpointError`."""
     file = folder / MANIFEST
     try:
@@ -197,37 +201,37 @@ def read_manifest(folder: Path) -> Manifest:
         raise damaged(file, _reason(error)) from error
 
 
-def read_complete(folder: Path) -> Manifest:
+def read_complete(folder: Location) -> Manifest:
     """The manifest of a checkpoint whose parts are all there, each of its size. Raises `CheckpointError`."""
     manifest = read_manifest(folder)
     _check_parts(folder, manifest)
     return manifest
 
 
-def checkpoint_folder(root: Path, version: Version) -> Path:
+def checkpoint_folder(root: Location, version: Version) -> Location:
     return root / f"step-{version:08d}"
 
 
-def list_complete(root: Path) -> list[tuple[Version, Path]]:
+def list_complete(root: Location) -> list[tuple[Version, Location]]:
     """Complete checkpoints, oldest first."""
     return [(version, folder) for version, folder in reversed(_folders(root)) if _is_complete(version, folder)]
 
 
-def newest_complete(root: Path) -> Path | None:
+def newest_complete(root: Location) -> Location | None:
     """The newest complete checkpoint; folders without a manifest, of writes that were cut short, are passed over.
 
     Raises `CheckpointError` if there is a newer one that is damaged: to go on from an older one would overwrite, step by step,
     what may yet be restored.
     """
     for version, folder in _folders(root):
-        if (folder / MANIFEST).exists():
+        if _has_manifest(folder):
             if (found := read_complete(folder).version) != version:
                 raise CheckpointError(f"{folder} holds version {found}; rename it back, or move it elsewhere")
             return folder
     return None
 
 
-def prune(root: Path, keep_last: int) -> list[Path]:
+def prune(root: Location, keep_last: int) -> list[Location]:
     """Keeps the newest `keep_last` complete checkpoints; removes what is older, and torn folders older than the newest.
 
     A folder loses its manifest first: a removal that is cut short leaves a torn checkpoint, never a false one. Returns what
@@ -241,11 +245,9 @@ def prune(root: Path, keep_last: int) -> list[Path]:
     oldest_kept, newest = complete[-keep_last:][0][0], complete[-1][0]
     removed = []
     for version, folder in reversed(_folders(root)):
-        if version < oldest_kept or (version < newest and not (folder / MANIFEST).exists()):
+        if version < oldest_kept or (version < newest and not _has_manifest(folder)):
             try:
-                (folder / MANIFEST).unlink(missing_ok=True)
-                sync_folder(folder)
-                shutil.rmtree(folder)
+                remove_folder(folder, first=MANIFEST)
             except OSError as error:
                 raise CheckpointError(f"cannot remove the old {folder}: {error.strerror}; remove it by hand") from error
             removed.append(folder)
@@ -270,22 +272,12 @@ def check_resume(manifest: Manifest, config: Config, data_hash: str, tokenizer_h
         )
 
 
-def sync_folder(folder: Path) -> None:
-    """Makes renames and removals in a folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def cannot_write(file: Location, error: OSError) -> CheckpointError:
+    remedy = "free the disk or set checkpoint.path elsewhere" if isinstance(file, Path) else "the next one is tried"
+    return CheckpointError(f"cannot write {file}: {error.strerror}; this checkpoint is not taken, {remedy}")
 
 
-def cannot_write(file: Path, error: OSError) -> CheckpointError:
-    return CheckpointError(
-        f"cannot write {file}: {error.strerror}; this checkpoint is not taken, free the disk or set checkpoint.path elsewhere"
-    )
-
-
-def damaged(file: Path, what: str) -> CheckpointError:
+def damaged(file: Location, what: str) -> CheckpointError:
     return CheckpointError(f"{file} is damaged: {what}; restore it from a copy, or remove {file.parent} to use an older one")
 
 
@@ -322,31 +314,38 @@ def _flatten(values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]
             yield prefix + key, value
 
 
-def _folders(root: Path) -> list[tuple[Version, Path]]:
+def _folders(root: Location) -> list[tuple[Version, Location]]:
     """Folders named like checkpoints, newest first."""
     try:
-        matches = [(_FOLDER.fullmatch(folder.name), folder) for folder in root.iterdir() if folder.is_dir()]
-    except FileNotFoundError:
-        return []
+        matches = [(_FOLDER.fullmatch(folder.name), folder) for folder in folders_in(root)]
     except OSError as error:
         raise CheckpointError(f"cannot read the checkpoints in {root}: {error.strerror}") from error
-    return sorted(((Version(int(match[1])), folder) for match, folder in matches if match), reverse=True)
+    return sorted(((Version(int(match[1])), folder) for match, folder in matches if match), key=lambda each: -each[0])
 
 
-def _is_complete(version: Version, folder: Path) -> bool:
+def _has_manifest(folder: Location) -> bool:
+    try:
+        return (folder / MANIFEST).exists()
+    except OSError as error:
+        raise CheckpointError(f"cannot read {folder / MANIFEST}: {error.strerror}") from error
+
+
+def _is_complete(version: Version, folder: Location) -> bool:
     try:
         return read_complete(folder).version == version
     except CheckpointError:
         return False
 
 
-def _check_parts(folder: Path, manifest: Manifest) -> None:
+def _check_parts(folder: Location, manifest: Manifest) -> None:
     for part in manifest.parts:
         file = folder / part.file
         try:
-            found = file.stat().st_size
+            found = file_size(file)
+        except FileNotFoundError as error:
+            raise damaged(file, "it is missing") from error
         except OSError as error:
-            raise damaged(file, "it is missing" if isinstance(error, FileNotFoundError) else str(error.strerror)) from error
+            raise CheckpointError(f"cannot read {file}: {error.strerror}") from error
         if found != part.num_bytes:
             raise damaged(file, f"it has {found} bytes, expected {part.num_bytes}")
 

@@ -13,7 +13,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import grpc
@@ -44,7 +43,7 @@ class RunInfo:
     run_id: RunId
     config: Config
     data_digest: str
-    checkpoint_path: Path
+    checkpoint_path: str  # a folder, or a prefix in an object store
     network: rpc.Network = rpc.PLAIN
 
 
@@ -94,7 +93,7 @@ def fetch_run(
                 has_said = True
                 time.sleep(min(RETRY_SECONDS, max(0.0, end - time.monotonic())))
     config = configs.build(json.loads(response.config))
-    return RunInfo(RunId(response.run_id), config, response.data_digest, Path(response.checkpoint_path), network)
+    return RunInfo(RunId(response.run_id), config, response.data_digest, response.checkpoint_path, network)
 
 
 class Membership:

@@ -20,9 +20,12 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from shardlane.config import Config, DataConfig
-from shardlane.data import TokenFolder, open_token_folder, write_token_folder
+from shardlane.config import Config
+from shardlane.data import INDEX_FILE, TokenFolder, open_token_folder, write_token_folder
 from shardlane.errors import DataError
+from shardlane.sections import DataConfig
+from shardlane.storage import Location, locate, sync_folder
+from shardlane.token_cache import cache_folder, open_tokens, put_tokens
 
 END_OF_TEXT = "<|endoftext|>"
 PYTHON_STDLIB = "python-stdlib"
@@ -44,9 +47,9 @@ class Document:
     text: str
 
 
-def prepared_folder(config: Config, run_dir: Path) -> Path:
-    """Where this run's token folder is, or will be."""
-    return Path(config.data.path).expanduser() if config.data.path else run_dir / "data"
+def prepared_place(config: Config, run_dir: Path) -> Location:
+    """Where this run's tokens are, or will be."""
+    return locate(config.data.path or str(run_dir / "data"))
 
 
 def ensure_prepared(config: Config, run_dir: Path, progress: Progress) -> TokenFolder:
@@ -54,21 +57,35 @@ def ensure_prepared(config: Config, run_dir: Path, progress: Progress) -> TokenF
 
     What exists is never overwritten: a broken folder is a `DataError` that says what is wrong with it.
     """
-    folder = prepared_folder(config, run_dir)
-    if _is_vacant(folder):
-        return _build(config, folder, progress)
-    return open_token_folder(folder, model_vocab_size=config.model.vocab_size)
+    place = prepared_place(config, run_dir)
+    if _is_vacant(place):
+        return _make(config, place, progress)
+    return open_tokens(config.with_changes({"data.path": str(place)}))
 
 
-def prepare(config: Config, folder: Path, progress: Progress) -> TokenFolder:
-    """Makes `folder`, which must not exist or be empty. `progress` gets a line for each part of the work.
+def prepare(config: Config, place: Location, progress: Progress) -> TokenFolder:
+    """Makes `place`, which must not exist or be empty. `progress` gets a line for each part of the work.
 
-    Built beside its place and renamed into it, so it is there whole or not at all. Of two processes that prepare the same
-    folder at once the first to finish wins, and both open the winner's. Raises `DataError`.
+    A folder is built beside its place and renamed into it; in an object store the index is put there last: it is there whole or
+    not at all. Of two processes that prepare the same at once the first to finish wins, and both open the winner's. Raises
+    `DataError`.
     """
-    if not _is_vacant(folder):
-        raise DataError(f"{folder} exists already; delete it, or name another folder")
-    return _build(config, folder, progress)
+    if not _is_vacant(place):
+        raise DataError(f"{place} exists already; delete it, or name another place")
+    return _make(config, place, progress)
+
+
+def _make(config: Config, place: Location, progress: Progress) -> TokenFolder:
+    if isinstance(place, Path):
+        return _build(config, place, progress)
+    cache = cache_folder(config)
+    building = cache / f".prepare.{secrets.token_hex(8)}"
+    try:
+        won = put_tokens(_build(config, building, progress), place)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+    progress(f"put it into {place}" if won else f"{place} was prepared by another process meanwhile; using that")
+    return open_tokens(config.with_changes({"data.path": str(place)}))
 
 
 def _build(config: Config, folder: Path, progress: Progress) -> TokenFolder:
@@ -265,32 +282,24 @@ def _read_documents(root: Path, files: Iterable[str], bytes_max: int) -> Iterato
             return
 
 
-def _is_vacant(folder: Path) -> bool:
-    """Nothing there, or an empty folder, as a mounted volume begins."""
+def _is_vacant(place: Location) -> bool:
+    """Nothing there, or an empty folder, as a mounted volume begins; in an object store, no index."""
     try:
-        return not any(folder.iterdir())
+        return not (any(place.iterdir()) if isinstance(place, Path) else (place / INDEX_FILE).exists())
     except FileNotFoundError:
         return True
     except OSError as error:
-        raise DataError(f"cannot read the token folder {folder}: {error.strerror}; name another folder") from error
+        raise DataError(f"cannot read the token folder {place}: {error.strerror}; name another place") from error
 
 
 def _publish(building: Path, folder: Path) -> bool:
     """Renames into place, durably. False: another process was first. Renaming over a folder that is not empty fails."""
-    _sync_folder(building)
+    sync_folder(building)
     try:
         building.rename(folder)
     except OSError as error:
         if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
             return False
         raise
-    _sync_folder(folder.parent)
+    sync_folder(folder.parent)
     return True
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

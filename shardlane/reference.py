@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import logging
 import math
+import secrets
 import time
 from collections import defaultdict
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -44,6 +44,7 @@ from shardlane.numerics import configure_torch, numerics_class, square_sum
 from shardlane.optimizers import ChunkOptimizer
 from shardlane.partition import Chunk, Layout, SiteChunk
 from shardlane.rates import clip_scale, tree_sum, update_rate
+from shardlane.storage import Location
 from shardlane.top_k import Residuals
 
 Row = dict[str, int | float]  # a line of metrics.jsonl
@@ -90,7 +91,7 @@ class Reference:
         """Updates applied: the version less the steps that were skipped."""
         return self._chunks[0].num_steps
 
-    def run(self, checkpoints: Path | None = None) -> Iterator[Row]:
+    def run(self, checkpoints: Location | None = None) -> Iterator[Row]:
         """Trains up to `train.last_step`, a row a step, and validates between.
 
         A training row is of step t, from 0; a validation row is of version v, after v steps. Checkpoints go under the folder
@@ -123,11 +124,11 @@ class Reference:
         """The digest of the present version, equal to that of a checkpoint of it."""
         return state_digest(self.layout, self._names, lambda chunk, name: self._payload(chunk)[name], self.optimizer_step)
 
-    def save(self, root: Path) -> Path:
+    def save(self, root: Location) -> Location:
         """Writes a checkpoint of the present version under `root`, prunes older ones, and returns its folder."""
         folder = checkpoint_folder(root, self.version)
         sizes = {chunk.id: chunk.num_elements for chunk in self.layout.chunks}
-        with PartWriter(folder, "reference", sizes, self._names) as writer:
+        with PartWriter(folder, f"reference-{secrets.token_hex(4)}", sizes, self._names) as writer:
             for chunk in self.layout.chunks:
                 writer.add(chunk.id, self._payload(chunk.id))
             part = writer.finish()
@@ -146,15 +147,15 @@ class Reference:
         prune(root, self.config.checkpoint.keep_last)
         return folder
 
-    def resume(self, folder: Path, *, fork: bool = False) -> None:
+    def resume(self, folder: Location, *, fork: bool = False) -> None:
         """Goes on from a checkpoint, whoever wrote it. Raises `CheckpointError` if the mathematics or the data differ."""
         with CheckpointReader(folder) as reader:
             manifest = reader.manifest
             check_resume(manifest, self.config, self.tokens.digest, self.tokens.tokenizer_hash, fork=fork)
             if (ours := numerics_class(self.config.numerics, self.device)) != manifest.numerics_class:
                 _log.warning("the checkpoint is of numerics class %r, this process of %r", manifest.numerics_class, ours)
-            for chunk, optimizer in enumerate(self._chunks):
-                states = reader.read_chunk(ChunkId(chunk))
+            for chunk, states in reader.read_chunks(ChunkId(index) for index in range(len(self._chunks))):
+                optimizer = self._chunks[chunk]
                 optimizer.parameter.copy_(states[PARAMETER])
                 optimizer.load({name: states[name] for name in self._names[1:] if name in states}, manifest.optimizer_step)
         self.version, self._filled = manifest.version, Version(-1)

@@ -10,7 +10,7 @@ from functools import cached_property
 
 from shardlane import rpc
 from shardlane.config import Config
-from shardlane.data import TokenFolder, open_token_folder
+from shardlane.data import TokenFolder
 from shardlane.errors import DataError
 from shardlane.ids import Incarnation, Lane, MicroBatch, Version
 from shardlane.lane_compute import micro_batches_of
@@ -21,6 +21,7 @@ from shardlane.numerics import configure_torch, numerics_class
 from shardlane.partition import Layout
 from shardlane.pb import coordinator_pb2
 from shardlane.plan import Plan
+from shardlane.token_cache import open_tokens
 from shardlane.top_k import Residuals
 from worker_service.attempt import Abandoned, Attempt
 from worker_service.core import events
@@ -315,7 +316,7 @@ class WorkerService:
     @cached_property
     def _tokens(self) -> TokenFolder:
         """Raises `DataError` if it is not the data that the coordinator means, or too little of it."""
-        folder = open_token_folder(self.config.data.path, model_vocab_size=self.config.model.vocab_size)
+        folder = open_tokens(self.config)
         if folder.digest != self.run.data_digest:
             raise DataError(
                 f"{self.config.data.path} has data hash {folder.digest[:12]}; the run trains on {self.run.data_digest[:12]}"

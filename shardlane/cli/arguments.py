@@ -18,7 +18,21 @@ _TOP_LEVEL_KEYS = ("--run_name", "--run-name")
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="The run's settings, TOML or YAML; configs/ has recipes.")]
 RunDir = Annotated[Path, typer.Option("--run-dir", metavar="DIR", help="The run's folder; made if missing, taken up if there.")]
 RunFolderArgument = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="Folder of a run, as given to --run-dir.")]
+RunOrUri = Annotated[
+    str,
+    typer.Argument(metavar="RUN_DIR|URI", help="Folder of a run, or its checkpoint.path by URI: s3://, gs://, az://, file://."),
+]
+DataPlace = Annotated[
+    str | None,
+    typer.Option("--data", metavar="DIR|URI", help="Where the run's data are, for their tokenizer; default: as it had them."),
+]
 RunTarget = Annotated[str, typer.Argument(metavar="RUN_DIR|ADDRESS", help="A run's folder, or its coordinator's host:port.")]
+RunTargetOrUri = Annotated[
+    str,
+    typer.Argument(
+        metavar="RUN_DIR|ADDRESS|URI", help="A run's folder, its coordinator's host:port, or the URI of its checkpoints."
+    ),
+]
 Certs = Annotated[
     Path | None,
     typer.Option(

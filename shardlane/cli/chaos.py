@@ -140,7 +140,8 @@ def trouble(config: Config, folder: RunFolder, schedule: Schedule, seconds: floa
         arrange = injector.behind_relays if Kind.HALF_OPEN in schedule.kinds else lambda commands: commands
         began = time.monotonic()
         with choose_view(every_steps=config.log.every_steps, last_step=config.train.last_step) as view:
-            config = resolve(config, open_data(config, folder, view.note).path)
+            open_data(config, folder, view.note)
+            config = resolve(config, folder)
             with watch, relays:
                 status, complaint = run_cluster(config, folder, view, attendant=drill, arrange=arrange)
         print(*complaint, sep="\n", end="\n" if complaint else "", file=sys.stderr, flush=True)

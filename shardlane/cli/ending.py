@@ -10,8 +10,10 @@ from shardlane.cli.run_folder import RunFolder
 from shardlane.config import Config
 from shardlane.manifest import read_complete
 from shardlane.partition import Layout
+from shardlane.storage import Location, locate
 
 DIGEST_BYTES_MAX = 8 << 30  # of a checkpoint that is read whole unasked
+FETCHED_BYTES_MAX = 1 << 28  # of one in an object store
 SAMPLE_PARAMETERS_MAX = 100_000_000  # of a model that is small enough to try here, on the CPU
 SAMPLE_PROMPT = "def "
 SAMPLE_TOKENS = 48
@@ -28,7 +30,7 @@ def print_ending(config: Config, folder: RunFolder, *, sample: bool) -> None:
     _say("steps", f"{version} of {config.train.max_steps}{_losses(folder)}")
     _say("checkpoint", str(checkpoint))
     num_bytes = sum(part.num_bytes for part in read_complete(checkpoint).parts)
-    if num_bytes > DIGEST_BYTES_MAX:
+    if num_bytes > (DIGEST_BYTES_MAX if isinstance(checkpoint, Path) else FETCHED_BYTES_MAX):
         _say("digest", f"shardlane digest {folder.path}  (reads {num_bytes / 1e9:.0f} GB)")
     else:
         from shardlane.digest import checkpoint_digest
@@ -39,7 +41,7 @@ def print_ending(config: Config, folder: RunFolder, *, sample: bool) -> None:
     _say("next", _next_steps(config, folder, is_done=is_done))
 
 
-def _show_sample(config: Config, folder: RunFolder, version: int, checkpoint: Path) -> None:
+def _show_sample(config: Config, folder: RunFolder, version: int, checkpoint: Location) -> None:
     from shardlane.cli.export import export_checkpoint
     from shardlane.cli.generate import generate_text
 
@@ -76,7 +78,7 @@ def _losses(folder: RunFolder) -> str:
 def _unigram(folder: RunFolder) -> str:
     """What a model that only counts tokens would reach, if the data's index says so."""
     try:
-        index = json.loads((Path(folder.config().data.path) / "index.json").read_bytes())
+        index = json.loads((locate(folder.config().data.path) / "index.json").read_bytes())
         entropy = index["unigram_entropy_nats"]
     except (OSError, ValueError, KeyError, TypeError):
         return ""

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from shardlane.cli.arguments import RunFolderArgument, Step
+from shardlane.cli.arguments import DataPlace, RunOrUri, Step
 
 if TYPE_CHECKING:
     from shardlane.cli.run_folder import RunFolder
     from shardlane.config import Config
+    from shardlane.storage import Location
 
 EPILOG = """[bold]Example[/bold]
 
@@ -23,20 +23,22 @@ def register(app: typer.Typer) -> None:
 
 
 def generate(
-    run_dir: RunFolderArgument,
+    run: RunOrUri,
     prompt: Annotated[str, typer.Option("--prompt", metavar="TEXT", help="What the text begins with.")],
     num_tokens: Annotated[int, typer.Option("--num-tokens", min=1, help="How many tokens to add.")] = 64,
     temperature: Annotated[float, typer.Option("--temperature", min=0.0, help="0: the likeliest token each time.")] = 0.8,
     top_k: Annotated[int, typer.Option("--top-k", min=0, help="Choose among so many of the likeliest; 0: all.")] = 50,
     seed: Annotated[int, typer.Option("--seed", min=0, help="The same seed gives the same text.")] = 0,
     step: Step = None,
+    data: DataPlace = None,
 ) -> None:
     """Go on from a prompt with the model of a checkpoint, on the CPU."""
-    from shardlane.cli.run_folder import RunFolder
+    from shardlane.cli.export import with_data
+    from shardlane.cli.run_folder import run_of
     from shardlane.process import prepare_process
 
-    folder = RunFolder(run_dir)
-    config = folder.config()
+    folder = run_of(run)
+    config = with_data(folder.config(), data)
     _, checkpoint = folder.checkpoint(config, step)
     prepare_process(config.numerics.threads)
     print(
@@ -47,7 +49,7 @@ def generate(
 def generate_text(
     config: Config,
     folder: RunFolder,
-    checkpoint: Path,
+    checkpoint: Location,
     prompt: str,
     *,
     num_tokens: int,
@@ -58,13 +60,19 @@ def generate_text(
     """The prompt and what follows."""
     from shardlane.cli.export import tokenizer_file
     from shardlane.digest import read_tensors
+    from shardlane.errors import DataError
     from shardlane.export import read_tokenizer
     from shardlane.generate import generate as generate_ids
     from shardlane.model import Stage, whole_model
     from shardlane.numerics import configure_torch
     from shardlane.partition import EMBEDDING, HEAD
 
-    tokenizer = read_tokenizer(tokenizer_file(config, folder), config)
+    file = tokenizer_file(config, folder)
+    if file is None:
+        raise DataError(
+            f"there is no tokenizer in {folder.data(config) or 'a checkpoint'}; say where the run's data are with --data"
+        )
+    tokenizer = read_tokenizer(file, config)
     configure_torch(config.numerics)
     stage = Stage.empty(config.model, whole_model(config.model), "cpu")
     tensors = dict(read_tensors(checkpoint))

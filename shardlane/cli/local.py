@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -68,7 +67,8 @@ def train(config: Config, folder: RunFolder, *, fork: bool, with_sample: bool) -
             print_ending(config, folder, sample=with_sample)
             return 0
         with choose_view(every_steps=config.log.every_steps, last_step=config.train.last_step) as view:
-            resolved = resolve(config, open_data(config, folder, view.note).path)
+            open_data(config, folder, view.note)
+            resolved = resolve(config, folder)
             status, complaint = run_cluster(resolved, folder, view, fork=fork)
         print(*complaint, sep="\n", end="\n" if complaint else "", file=sys.stderr, flush=True)
         if status == 0:
@@ -107,18 +107,20 @@ def open_data(config: Config, folder: RunFolder, note: Callable[[str], None]) ->
 
     Data elsewhere is prepared by `shardlane prepare` alone: a misspelt `data.path` must not train on something else.
     """
-    from shardlane.data import open_token_folder
     from shardlane.prepare import ensure_prepared
+    from shardlane.token_cache import open_tokens
 
     if config.data.path:
-        return open_token_folder(Path(config.data.path).expanduser(), model_vocab_size=config.model.vocab_size)
+        return open_tokens(config)
     return ensure_prepared(config, folder.path, note)
 
 
-def resolve(config: Config, data: Path) -> Config:
+def resolve(config: Config, folder: RunFolder) -> Config:
     """With paths that hold wherever the run is looked at from."""
-    checkpoints = config.checkpoint.path and str(Path(config.checkpoint.path).expanduser().absolute())
-    return config.with_changes({"data.path": str(data.absolute()), "checkpoint.path": checkpoints})
+    from shardlane.storage import locate
+
+    checkpoints = config.checkpoint.path and str(locate(config.checkpoint.path))
+    return config.with_changes({"data.path": str(folder.data(config)), "checkpoint.path": checkpoints})
 
 
 def is_finished(config: Config, folder: RunFolder) -> bool:

@@ -15,7 +15,9 @@ shardlane prepare configs/demo.toml --run-dir runs/demo    [dim]# into runs/demo
 
 shardlane prepare configs/20m.toml --out data/books --data.source ~/books --data.tokenizer ~/llama/tokenizer.json
 
-shardlane local configs/20m.toml --run-dir runs/books --data.path data/books"""
+shardlane local configs/20m.toml --run-dir runs/books --data.path data/books
+
+shardlane prepare configs/20m.toml --out s3://bucket/books    [dim]# then --data.path s3://bucket/books, on any machine[/dim]"""
 
 
 def register(app: typer.Typer) -> None:
@@ -26,7 +28,10 @@ def prepare(
     context: typer.Context,
     config_file: ConfigFile,
     run_dir: Annotated[Path | None, typer.Option("--run-dir", metavar="DIR", help="Prepare for this run, unless it is.")] = None,
-    out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Make this folder, which must not exist.")] = None,
+    out: Annotated[
+        str | None,
+        typer.Option("--out", metavar="DIR|URI", help="Make this folder, or s3://, gs://, az:// prefix; it must not exist."),
+    ] = None,
 ) -> None:
     """Tokenize text into memory-mapped token files: what `data.source` names, or the Python standard library's own source.
 
@@ -35,12 +40,13 @@ def prepare(
     """
     from shardlane import prepare as preparing
     from shardlane.errors import UserError
+    from shardlane.storage import locate
 
     config = load_config(context, config_file)
     if (run_dir is None) == (out is None):
         raise UserError("give --run-dir, or --out, and not both")
     if out is not None:
-        folder = preparing.prepare(config, out, print)
+        folder = preparing.prepare(config, locate(out), print)
     else:
         assert run_dir is not None
         folder = preparing.ensure_prepared(config, run_dir, print)

@@ -48,7 +48,7 @@ def reference(context: typer.Context, config_file: ConfigFile, run_dir: RunDir, 
         else:
             with choose_view(every_steps=config.log.every_steps, last_step=config.train.last_step) as view:
                 tokens = open_data(config, folder, view.note)
-                config = resolve(config, tokens.path)
+                config = resolve(config, folder)
                 train(config, folder, tokens, view, fork=fork_run)
         print_ending(config, folder, sample=False)
 

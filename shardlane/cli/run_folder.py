@@ -15,7 +15,8 @@ from shardlane.config import Config
 from shardlane.errors import CheckpointError, UserError
 from shardlane.files import replace_file
 from shardlane.ids import Version
-from shardlane.manifest import checkpoint_folder, list_complete, newest_complete, read_complete
+from shardlane.manifest import checkpoint_folder, list_complete, newest_complete, read_complete, read_manifest
+from shardlane.storage import Location, locate
 
 
 @dataclass(frozen=True)
@@ -71,18 +72,22 @@ class RunFolder:
             raise UserError(f"cannot write {file}: {error.strerror}; free the disk, or give another --run-dir") from error
         return file
 
-    def checkpoints(self, config: Config) -> Path:
-        return Path(config.checkpoint.path).expanduser() if config.checkpoint.path else self.path / "checkpoints"
+    def checkpoints(self, config: Config) -> Location:
+        return locate(config.checkpoint.path or str(self.path / "checkpoints"))
+
+    def data(self, config: Config) -> Location | None:
+        """None if nobody knows where they are."""
+        return locate(config.data.path or str(self.path / "data"))
 
     def newest_version(self, config: Config) -> Version | None:
         """Of the newest complete checkpoint."""
         folder = newest_complete(self.checkpoints(config))
         return None if folder is None else read_complete(folder).version
 
-    def checkpoint(self, config: Config, step: int | None = None) -> tuple[Version, Path]:
+    def checkpoint(self, config: Config, step: int | None = None) -> tuple[Version, Location]:
         """That of `step`, or the newest. Raises `CheckpointError`, which names those that there are."""
         root = self.checkpoints(config)
-        if step is not None and (folder := checkpoint_folder(root, Version(step))).is_dir():
+        if step is not None and _is_there(folder := checkpoint_folder(root, Version(step))):
             return read_complete(folder).version, folder  # broken ones say what is wrong with them
         if step is None and (newest := newest_complete(root)) is not None:
             return read_complete(newest).version, newest
@@ -114,3 +119,35 @@ class RunFolder:
             except BlockingIOError as error:
                 raise UserError(f"another shardlane trains in {self.path}; wait for it, or give another --run-dir") from error
             yield
+
+
+@dataclass(frozen=True)
+class BareCheckpoints(RunFolder):
+    """A run of which only the checkpoints are at hand, by the URI of the place that `checkpoint.path` names."""
+
+    uri: str = ""
+
+    def config(self) -> Config:
+        """What a checkpoint knows of it: the model, its numerics and the length of its sequences. Raises `CheckpointError`."""
+        newest = newest_complete(locate(self.uri))
+        if newest is None:
+            raise CheckpointError(f"{self.uri} holds no complete checkpoint; name the checkpoint.path of a run")
+        mathematics = read_manifest(newest).mathematics
+        sections = {name: mathematics[name] for name in ("model", "numerics")}
+        train = {"seq_len": mathematics["train"]["seq_len"]}
+        return configs.build({**sections, "train": train, "checkpoint": {"path": self.uri}})
+
+    def data(self, config: Config) -> Location | None:
+        return locate(config.data.path) if config.data.path else None
+
+
+def run_of(target: str) -> RunFolder:
+    """Of a run's folder, or of the URI of its checkpoints."""
+    return BareCheckpoints(Path(), target) if "://" in target else RunFolder(Path(target))
+
+
+def _is_there(folder: Location) -> bool:
+    try:
+        return folder.is_dir()
+    except OSError as error:
+        raise CheckpointError(f"cannot read {folder}: {error.strerror}") from error

@@ -8,11 +8,13 @@ from typing import Annotated
 
 import typer
 
-from shardlane.cli.arguments import Certs, RunTarget
+from shardlane.cli.arguments import Certs, RunTargetOrUri
 
 EPILOG = """[bold]Examples[/bold]
 
 shardlane status runs/demo
+
+shardlane status s3://bucket/demo
 
 shardlane status 10.0.0.5:7070 --json | jq .members[].metricsAddress"""
 
@@ -22,13 +24,13 @@ def register(app: typer.Typer) -> None:
 
 
 def status(
-    target: RunTarget,
+    target: RunTargetOrUri,
     json: Annotated[bool, typer.Option("--json", help="All that the coordinator says, as JSON.")] = False,
     certs: Certs = None,
 ) -> None:
     """Show where a run stands: its step and loss, who runs which stage and lanes, which shard holds how much.
 
-    A run that nobody serves is described from its folder.
+    A run that nobody serves is described from its folder; of the URI of checkpoints they are listed.
     """
     from google.protobuf.json_format import MessageToJson
     from rich.console import Console
@@ -37,6 +39,9 @@ def status(
     from shardlane.cli.live import Picture
     from shardlane.errors import UnreachableError
 
+    if "://" in target:
+        _describe_checkpoints(target)
+        return
     address = address_of(target)
     if address is None:
         _describe_folder(Path(target))
@@ -74,3 +79,17 @@ def _describe_folder(path: Path) -> None:
     config = folder.config()
     print(f"{path} is not running")
     print_ending(config, folder, sample=False)
+
+
+def _describe_checkpoints(uri: str) -> None:
+    from shardlane.cli.run_folder import run_of
+    from shardlane.manifest import list_complete, read_manifest
+    from shardlane.storage import locate
+
+    _, newest = run_of(uri).checkpoint(run_of(uri).config())
+    manifest = read_manifest(newest)
+    num_bytes = sum(part.num_bytes for part in manifest.parts)
+    print(
+        f"run {manifest.run_id}, timeline {manifest.timeline}: {newest}, {num_bytes / 1e6:,.1f} MB in {len(manifest.parts)} parts"
+    )
+    print(f"complete: {', '.join(str(version) for version, _ in list_complete(locate(uri)))}")

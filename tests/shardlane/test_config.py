@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 from shardlane import config as configs
-from shardlane.config import Config, DataConfig
+from shardlane.config import Config
 from shardlane.errors import ConfigError
 from shardlane.presets import MODEL_PRESETS
+from shardlane.sections import DataConfig
 
 RECIPES = sorted((Path(__file__).parents[2] / "configs").glob("*.toml"))
 

@@ -114,7 +114,7 @@ def test_a_whole_run(tmp_path: Path) -> None:
 def test_fetch_run(tmp_path: Path) -> None:
     with coordinator(tmp_path) as service:
         run = fetch_run(service.address)
-        assert (run.run_id, run.checkpoint_path) == (service.run_id, tmp_path / "checkpoints")
+        assert (run.run_id, run.checkpoint_path) == (service.run_id, str(tmp_path / "checkpoints"))
         assert run.config == service.coordinator.config
         assert run.data_digest == service.coordinator.dataset.digest
         with pytest.raises(UserError, match="the sender means run 'another'"):

@@ -22,7 +22,7 @@ from shardlane.prepare import (
     Document,
     ensure_prepared,
     prepare,
-    prepared_folder,
+    prepared_place,
     read_source,
     split_documents,
     train_tokenizer,
@@ -239,7 +239,7 @@ def test_a_vocabulary_too_small_for_bytes(source: Path, tmp_path: Path) -> None:
 
 def test_a_run_prepares_once_and_opens_ever_after(source: Path, tmp_path: Path) -> None:
     config = tiny(source=source)
-    assert prepared_folder(config, tmp_path / "run") == tmp_path / "run" / "data"
+    assert prepared_place(config, tmp_path / "run") == tmp_path / "run" / "data"
     lines: list[str] = []
     first = ensure_prepared(config, tmp_path / "run", lines.append)
     assert lines
