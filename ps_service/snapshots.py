@@ -88,9 +88,7 @@ class SnapshotWriter:
             given_up = [self._waiting.popleft() for _ in range(len(self._waiting) - 1)]
         for snapshot in given_up:
             report = self._begin_report(snapshot)
-            report.error = (
-                f"version {snapshot.version} waited while that of version {failed} failed, and a newer one is tried next"
-            )
+            report.error = f"it waited while that of version {failed} failed, and a newer one is tried next"
             self._report(report)
 
     def _begin_report(self, snapshot: Snapshot) -> coordinator_pb2.ReportCheckpointRequest:

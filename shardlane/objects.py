@@ -147,7 +147,7 @@ class ObjectPath:
             )
         if "kind: Timeout" in text:
             return TimeoutError(errno.ETIMEDOUT, f"the store does not answer in time; check the network and {variables}")
-        if "kind: Connect" in text:
+        if "HTTP error" in text:
             return ConnectionError(errno.ECONNREFUSED, f"the store cannot be reached; check the network and {variables}")
         if status:
             return OSError(errno.EIO, f"the store answers {status} {code}".rstrip())

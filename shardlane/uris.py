@@ -28,7 +28,7 @@ def check_place(text: str) -> str:
 
 
 def parse_place(text: str) -> ObjectUri | str:
-    """Where in which object store, or a path of the file system. Raises `ValueError` as `check_place`."""
+    """Where in which object store, or a path. Raises `ValueError` as `check_place`."""
     match = _URI.fullmatch(text)
     if match is None:
         if text.lower().startswith((*(f"{scheme}:" for scheme in OBJECT_STORES), "file:")):

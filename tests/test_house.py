@@ -28,10 +28,8 @@ IMPURE = {
     *("time", "datetime", "random", "secrets", "uuid", "os", "signal", "socket", "subprocess", "logging"),
     *("threading", "multiprocessing", "concurrent", "asyncio", "queue"),
 }
-THIRD_PARTY_OF_PURE = {
-    "shardlane/config.py": {"pydantic", "yaml"},
-    "shardlane/sections.py": {"pydantic"},
-}  # validation, and nothing that computes
+# Validation, and nothing that computes.
+THIRD_PARTY_OF_PURE = {"shardlane/config.py": {"pydantic", "yaml"}, "shardlane/sections.py": {"pydantic"}}
 
 # Everything that turns bytes into code (invariant 9: nothing from the network is unpickled).
 UNSAFE_MODULES = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
