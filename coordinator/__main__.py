@@ -32,7 +32,7 @@ def parser(environment: Mapping[str, str]) -> ServiceParser:
         epilog="Settings of the config are overridden by --section.key value, or by SHARDLANE_TRAIN__MAX_STEPS and its like.",
     )
     made.text("--config", "", "the run's settings, TOML or YAML")
-    made.text("--run-dir", "", "the run's folder: state, metrics.jsonl, checkpoints, and the data unless data.path is set")
+    made.text("--run-dir", "", "the run's folder: state, metrics.jsonl, and checkpoints and data unless their paths are set")
     made.switch(
         "--fork-run", "go on from the newest checkpoint although the mathematics have changed: another run from its weights"
     )

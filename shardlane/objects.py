@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 UPLOAD_BYTES = 8 << 20  # of a part of a multipart upload, at least
 UPLOAD_PARTS_MAX = 9_000  # S3 takes 10,000
+WHOLE_BYTES_MAX = 1 << 30  # of what is read at once: indexes and manifests
 UPLOADS_AT_ONCE = 2  # so three parts are in memory, however large the object
 # An object store that is away costs a call half a minute; one that hangs, a minute.
 _RETRIES: RetryConfig = {
@@ -89,8 +90,12 @@ class ObjectPath:
             return int(obstore.head(self._store, self.uri.key)["size"])
 
     def read_bytes(self) -> bytes:
+        """All of it, up to `WHOLE_BYTES_MAX`."""
         with self._told():
-            return bytes(obstore.get(self._store, self.uri.key).bytes())
+            found = obstore.get(self._store, self.uri.key)
+            if (num_bytes := found.meta["size"]) <= WHOLE_BYTES_MAX:
+                return bytes(found.bytes())
+        raise OSError(errno.EFBIG, f"it has {num_bytes} bytes, and may have {WHOLE_BYTES_MAX}")
 
     def read_range(self, offset: int, num_bytes: int) -> memoryview:
         """Fewer bytes where the object ends before."""
@@ -108,7 +113,8 @@ class ObjectPath:
             obstore.put(self._store, self.uri.key, data, mode="create", use_multipart=False)
 
     def remove(self) -> None:
-        with self._told():
+        """Harmless if it is not there, as S3 has it and others have not."""
+        with suppress(FileNotFoundError), self._told():
             obstore.delete(self._store, self.uri.key)
 
     def remove_all(self) -> None:

@@ -22,7 +22,6 @@ from shardlane.objects import ObjectPath
 from shardlane.storage import Location, locate, map_ahead, open_sink, write_whole
 
 BLOCK_BYTES = 8 << 20  # of a file on its way
-INDEX_BYTES_MAX = 1 << 20
 TOKENIZER_BYTES_MAX = 1 << 30
 
 
@@ -97,8 +96,6 @@ def _fetch(place: ObjectPath, cache: Path) -> tuple[Path, bool]:
 def _read_index(place: ObjectPath) -> Index:
     file = place / INDEX_FILE
     try:
-        if (num_bytes := file.num_bytes()) > INDEX_BYTES_MAX:
-            raise DataError(f"{file} has {num_bytes} bytes, so it is not the index of a token folder")
         return parse_index(file.read_bytes(), file)
     except FileNotFoundError as error:
         raise DataError(

@@ -16,6 +16,7 @@ from pathlib import Path
 import obstore
 import pytest
 import torch
+from obstore.store import MemoryStore
 
 from shardlane import objects
 from shardlane.checkpoint import CheckpointReader, PartWriter
@@ -35,6 +36,7 @@ from shardlane.manifest import (
 from shardlane.objects import ObjectPath
 from shardlane.partition import Layout
 from shardlane.storage import file_size, locate, open_sink, open_source
+from shardlane.uris import ObjectUri
 from tests.object_store import BUCKET, Gate, s3_server
 from tests.shardlane.checkpoints import commit, deal, small_config, state, write_checkpoint, write_part
 
@@ -218,6 +220,14 @@ def test_the_manifest_goes_before_the_parts(root: ObjectPath, monkeypatch: pytes
     assert keys(folders[0]) == ["part-shard-0.safetensors", "part-shard-1.safetensors"]
     assert [version for version, _ in list_complete(root)] == [4, 6]
     assert prune(root, keep_last=2) == [folders[0]] and keys(folders[0]) == []
+
+
+def test_a_store_that_minds_what_is_not_there_is_pruned_as_well() -> None:
+    root = ObjectPath(ObjectUri("gs", "bucket", "run"), MemoryStore())
+    torn, kept = checkpoint_folder(root, Version(2)), write_checkpoint(root, CONFIG, version=4)
+    write_part(torn, "a", CONFIG, deal(CONFIG, 1)[0])
+    assert prune(root, keep_last=1) == [torn] and list_complete(root) == [(4, kept)]
+    assert len(checkpoint_digest(kept)) == 64
 
 
 @pytest.mark.usefixtures("impatient")
