@@ -29,7 +29,7 @@ UPLOAD_BYTES = 8 << 20  # of a part of a multipart upload, at least
 UPLOAD_PARTS_MAX = 9_000  # S3 takes 10,000
 WHOLE_BYTES_MAX = 1 << 30  # of what is read at once: indexes and manifests
 UPLOADS_AT_ONCE = 2  # so three parts are in memory, however large the object
-# An object store that is away costs a call half a minute; one that hangs, a minute.
+# One that refuses connections costs a call some five seconds, one that hangs half a minute.
 _RETRIES: RetryConfig = {
     "max_retries": 6,
     "retry_timeout": timedelta(seconds=25),
@@ -137,6 +137,7 @@ class ObjectPath:
         text = " ".join(str(error).split())
         code = _first(r"<Code>(\w{1,64})</Code>", text)
         status, variables = _status(text), _VARIABLES[self.uri.scheme]
+        network = "the network and AWS_ENDPOINT_URL" if self.uri.scheme == "s3" else "the network"
         if isinstance(error, AlreadyExistsError):
             return FileExistsError(errno.EEXIST, "it exists already")
         if _NO_BUCKET.search(text):
@@ -152,9 +153,9 @@ class ObjectPath:
                 errno.ENOTSUP, "the store cannot make an object only if there is none (If-None-Match); use one that can"
             )
         if "kind: Timeout" in text:
-            return TimeoutError(errno.ETIMEDOUT, f"the store does not answer in time; check the network and {variables}")
+            return TimeoutError(errno.ETIMEDOUT, f"the store does not answer in time; check {network}")
         if "HTTP error" in text:
-            return ConnectionError(errno.ECONNREFUSED, f"the store cannot be reached; check the network and {variables}")
+            return ConnectionError(errno.ECONNREFUSED, f"the store cannot be reached; check {network}")
         if status:
             return OSError(errno.EIO, f"the store answers {status} {code}".rstrip())
         first = re.sub(r"\?\S*", "?…", text.partition(" Debug source")[0])  # a query may carry a signature

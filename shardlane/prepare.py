@@ -81,14 +81,16 @@ def _make(config: Config, place: Location, progress: Progress) -> TokenFolder:
     cache = cache_folder(config)
     building = cache / f".prepare.{secrets.token_hex(8)}"
     try:
-        won = put_tokens(_build(config, building, progress), place)
+        won = put_tokens(_build(config, building, progress, place), place)
     finally:
         shutil.rmtree(building, ignore_errors=True)
-    progress(f"put it into {place}" if won else f"{place} was prepared by another process meanwhile; using that")
+    if not won:
+        progress(f"{place} was prepared by another process meanwhile; using that")
     return open_tokens(config.with_changes({"data.path": str(place)}))
 
 
-def _build(config: Config, folder: Path, progress: Progress) -> TokenFolder:
+def _build(config: Config, folder: Path, progress: Progress, destined: Location | None = None) -> TokenFolder:
+    """`destined`: where it goes from here."""
     documents, source = read_source(config.data)
     num_bytes = sum(len(document.text.encode()) for document in documents)
     progress(f"read {len(documents):,} documents, {num_bytes / 1e6:.1f} MB, of {source}")
@@ -100,6 +102,7 @@ def _build(config: Config, folder: Path, progress: Progress) -> TokenFolder:
         tokenizer, tokenizer_json = train_tokenizer(train, config.model.vocab_size)
     vocab_size, end_of_text_id = _vocabulary(tokenizer, config)
     progress(f"encoding with {vocab_size:,} tokens")
+    goal = destined or folder
     building = folder.parent / f".{folder.name}.{secrets.token_hex(8)}"
     try:
         building.mkdir(parents=True)
@@ -118,7 +121,7 @@ def _build(config: Config, folder: Path, progress: Progress) -> TokenFolder:
     finally:
         shutil.rmtree(building, ignore_errors=True)
     if won:
-        progress(f"wrote {index.train.num_tokens:,} tokens to train on and {index.held_out.num_tokens:,} held out to {folder}")
+        progress(f"wrote {index.train.num_tokens:,} tokens to train on and {index.held_out.num_tokens:,} held out to {goal}")
     else:
         progress(f"{folder} was prepared by another process meanwhile; using that")
     return open_token_folder(folder, model_vocab_size=config.model.vocab_size, verify=not won)

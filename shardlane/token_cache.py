@@ -50,7 +50,10 @@ def tokenizer_at(place: Location, config: Config) -> Path | None:
 
 
 def put_tokens(folder: TokenFolder, place: ObjectPath) -> bool:
-    """Copies a folder to an object store, its index last. False: another process was first, and its index stays."""
+    """Copies a folder to an object store, its index last. False: another process was first, and its index stays.
+
+    Two processes that prepare different data for one place at once spoil them; whoever reads these finds that out.
+    """
     try:
         for name in (*file_sizes(folder.index), TOKENIZER_FILE):
             _upload(folder.path / name, place / name)

@@ -58,11 +58,12 @@ def _show_sample(config: Config, folder: RunFolder, version: int, checkpoint: Lo
 def _next_steps(config: Config, folder: RunFolder, *, is_done: bool) -> str:
     if not is_done:
         return f"shardlane local {folder.config_file} --run-dir {folder.path} --train.stop_at_step 0"
+    elsewhere = " --checkpoint.path=" if config.checkpoint.path else ""
     return "\n".join(
         (
             f"shardlane generate {folder.path} --prompt 'import ' --num-tokens 80",
             f"shardlane digest {folder.path}",
-            f"shardlane reference {folder.config_file} --run-dir {folder.path}-reference   # one process, the same digest",
+            f"shardlane reference {folder.config_file} --run-dir {folder.path}-reference{elsewhere}   # the same digest",
         )
     )
 

@@ -23,6 +23,8 @@ shardlane local configs/tiny.toml --run-dir runs/tiny
 
 shardlane local configs/demo.toml --run-dir runs/demo --stages 4 --replicas 1 --optimizer.learning_rate 1e-3
 
+shardlane local configs/demo.toml --run-dir runs/demo --checkpoint.path s3://bucket/demo    [dim]# docs/object-storage.md[/dim]
+
 Any setting of the config is an option, --section.key value. Stages, replicas, shards and logging may differ each time that a \
 run is taken up again; what would change the mathematics is refused, unless --fork-run."""
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -15,6 +18,7 @@ from shardlane import config as configs
 from shardlane import objects
 from shardlane.checkpoint import CheckpointReader
 from shardlane.cli.__main__ import main
+from shardlane.cli.run_folder import RunFolder
 from shardlane.config import Config
 from shardlane.data import TokenFolder
 from shardlane.digest import checkpoint_digest
@@ -140,11 +144,15 @@ def test_everything_is_killed_and_another_machine_goes_on(
             assert process.poll() is None and time.monotonic() < end, "no two checkpoints"
             time.sleep(0.05)
     finally:
-        process.kill()  # its services end with it, wherever they are
+        services = [RunFolder(one).ready(name).get("pid") for name in ("coordinator", "shard-0", "shard-1", "worker-0")]
+        for pid in (process.pid, *filter(None, services)):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         process.communicate()
+    assert all(services)
     stopped = max(version for version, _ in list_complete(root))
 
-    changes = {"data.cache": str(other / "cache"), "train.stop_at_step": stopped + 3}
+    changes = {"data.cache": str(other / "cache"), "train.stop_at_step": stopped + 3}  # a last one may have been on its way
     config = config.with_changes({**changes, "cluster.shards": 1, "cluster.stages": 2})
     with running(config, other) as cluster:
         cluster.wait()

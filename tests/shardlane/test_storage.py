@@ -237,7 +237,7 @@ def test_while_the_store_is_away_nothing_is_taken_for_torn(gate: Gate, root: Obj
     gate.shut()
     try:
         for call in (lambda: newest_complete(away), lambda: prune(away, 1), lambda: write_checkpoint(away, CONFIG, version=6)):
-            with pytest.raises(CheckpointError, match=r"the store cannot be reached; check the network and AWS_ACCESS_KEY_ID"):
+            with pytest.raises(CheckpointError, match=r"the store cannot be reached; check the network and AWS_ENDPOINT_URL"):
                 call()
     finally:
         gate.open()
