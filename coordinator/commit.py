@@ -11,8 +11,13 @@ from coordinator.dataset import Dataset
 from shardlane.config import Config
 from shardlane.errors import CheckpointError
 from shardlane.ids import Version
-from shardlane.manifest import PartReport, build_manifest, checkpoint_folder, prune, write_manifest
+from shardlane.manifest import Manifest, PartReport, build_manifest, checkpoint_folder, prune, write_manifest
 from shardlane.storage import Location
+
+
+def mark_of(manifest: Manifest) -> CheckpointMark:
+    return CheckpointMark(Version(manifest.version), manifest.digest, manifest.clocks)
+
 
 Committed = Callable[[CheckpointMark], None]
 Failed = Callable[[Version, str], None]
@@ -69,6 +74,6 @@ class Committer:
             numerics_class=commit.numerics_class,
             data_hash=self._dataset.digest,
             tokenizer_hash=self._dataset.tokenizer_hash,
+            clocks=commit.parts[0].clocks,
         )
-        there = write_manifest(checkpoint_folder(self._root, commit.version), manifest)
-        return CheckpointMark(commit.version, there.digest)
+        return mark_of(write_manifest(checkpoint_folder(self._root, commit.version), manifest))

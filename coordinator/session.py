@@ -6,6 +6,7 @@ import secrets
 from dataclasses import dataclass
 from pathlib import Path
 
+from coordinator.commit import mark_of
 from coordinator.core.beginning import Beginning
 from coordinator.core.events import NO_CHECKPOINT, CheckpointMark
 from coordinator.core.membership import split_classes
@@ -16,7 +17,7 @@ from coordinator.store import Snapshot, Store
 from shardlane import wire
 from shardlane.config import Config
 from shardlane.errors import CheckpointError
-from shardlane.ids import RunId, Timeline, Version
+from shardlane.ids import RunId, Timeline
 from shardlane.ledger import Expected
 from shardlane.manifest import Manifest, check_resume, newest_complete, read_manifest
 from shardlane.pb import coordinator_pb2
@@ -67,7 +68,7 @@ def open_session(config: Config, dataset: Dataset, store: Store, *, run_dir: Pat
         check_resume(manifest, config, dataset.digest, dataset.tokenizer_hash, fork=fork)
     mark = _mark(manifest)
     newest_timeline = max(snapshot.timeline, ledger_file.timeline, -1 if manifest is None else manifest.timeline)
-    timeline = Timeline(newest_timeline + 1, mark.version, mark.digest)
+    timeline = Timeline(newest_timeline + 1, mark.version, mark.digest, mark.clocks)
     run_id = _run_id(config, manifest, snapshot, is_same=snapshot.identity == identity)
     metrics_file = MetricsFile(metrics_path, mark.version)
     store.begin(run_id, identity, timeline.id)
@@ -93,4 +94,4 @@ def _run_id(config: Config, manifest: Manifest | None, snapshot: Snapshot, *, is
 
 
 def _mark(manifest: Manifest | None) -> CheckpointMark:
-    return NO_CHECKPOINT if manifest is None else CheckpointMark(Version(manifest.version), manifest.digest)
+    return NO_CHECKPOINT if manifest is None else mark_of(manifest)

@@ -106,6 +106,7 @@ def checkpoint_from_wire(request: coordinator_pb2.ReportCheckpointRequest, num_c
         chunks={ChunkId(each.chunk): dict(each.checksums) for each in request.chunks},
         error=request.error[:1024],
         timeline=request.timeline,
+        clocks=tuple(request.clocks),
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict
 from itertools import chain
 
 from torch import Tensor
@@ -15,6 +16,8 @@ from shardlane.errors import MalformedError
 from shardlane.ids import ChunkId, Incarnation, PlanNumber, RunId, Step, Version
 from shardlane.partition import Layout
 from shardlane.pb import ps_pb2, tensor_pb2
+from shardlane.train_config import TrainConfig
+from shardlane.turns import LaneClock, Turn, place_of
 
 
 def record_to_wire(record: Record) -> ps_pb2.Record:
@@ -27,11 +30,17 @@ def record_to_wire(record: Record) -> ps_pb2.Record:
         digest=record.digest,
         requests=record.requests,
         tally=wire.tally_to_wire(record.tally),
+        turn=None if record.turn is None else ps_pb2.Turn(**asdict(record.turn)),
     )
 
 
-def record_from_wire(record: ps_pb2.Record, layout: Layout, num_lanes: int) -> Record:
-    """Raises `MalformedError` for a chunk that the model does not have, and for a tally of other sites and lanes than it has."""
+def record_from_wire(record: ps_pb2.Record, layout: Layout, train: TrainConfig) -> Record:
+    """Raises `MalformedError` for a chunk that the model does not have, for a tally of other sites and lanes than it has, and for
+    a turn where there is none, or of no lane.
+    """
+    num_lanes, turn = train.lanes, record.turn
+    if record.HasField("turn") != train.goes_by_turns or place_of(turn.number, num_lanes)[0] == num_lanes:
+        raise MalformedError(f"a record of turn {turn.number} in a run of {num_lanes} lanes under {train.consistency}")
     chunk = chunk_id(record.chunk, len(layout.chunks))
     tally = wire.tally_from_wire(record.tally, num_lanes)
     if tally.tables != layout.num_sites(chunk):
@@ -45,6 +54,7 @@ def record_from_wire(record: ps_pb2.Record, layout: Layout, num_lanes: int) -> R
         record.digest,
         tally,
         record.requests,
+        Turn(Step(turn.number), turn.staleness, turn.clock_sum) if train.goes_by_turns else None,
     )
 
 
@@ -120,16 +130,17 @@ def _set_body(header: ps_pb2.DeliverRequest, message: Message) -> None:
             if message.closed is not None:
                 refill.closed.CopyFrom(record_to_wire(message.closed))
             refill.previous.extend(record_to_wire(record) for record in message.previous)
+            refill.clocks.extend(ps_pb2.LaneClock(**each._asdict()) for each in message.clocks)
         case Position():
             header.position.CopyFrom(ps_pb2.Position(chunk=message.chunk, version=message.version, closed=message.closed))
 
 
-def from_wire(request: ps_pb2.DeliverRequest, layout: Layout, num_lanes: int) -> Envelope:
+def from_wire(request: ps_pb2.DeliverRequest, layout: Layout, train: TrainConfig) -> Envelope:
     """Raises `MalformedError`."""
     num_chunks = len(layout.chunks)
 
     def one(message: ps_pb2.Record) -> Record:
-        return record_from_wire(message, layout, num_lanes)
+        return record_from_wire(message, layout, train)
 
     def records(messages: Iterable[ps_pb2.Record]) -> tuple[Record, ...]:
         return tuple(map(one, messages))
@@ -147,12 +158,15 @@ def from_wire(request: ps_pb2.DeliverRequest, layout: Layout, num_lanes: int) ->
         case "refill":
             refill = request.refill
             closed = one(refill.closed) if refill.HasField("closed") else None
+            if len(refill.clocks) != (train.lanes if train.goes_by_turns else 0):
+                raise MalformedError(f"{len(refill.clocks)} clocks of {train.lanes} lanes under {train.consistency}")
             message = Refill(
                 chunk_id(refill.chunk, num_chunks),
                 Version(refill.version),
                 closed,
                 records(refill.previous),
                 refill.optimizer_step,
+                tuple(LaneClock(each.taken, each.refused, Version(each.read)) for each in refill.clocks),
             )
         case "position":
             where = request.position

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ps_service.core.messages import Decision
 from shardlane.metrics import Metrics
 
 if TYPE_CHECKING:
@@ -23,8 +24,24 @@ class ShardInstruments:
         )
         self.contributions = metrics.counter("shardlane_shard_contributions_total", "Contributions, by answer.", ("outcome",))
         self.skipped_steps = metrics.counter("shardlane_shard_skipped_steps_total", "Steps skipped for gradients not finite.")
+        self.refused_turns = metrics.counter(
+            "shardlane_shard_refused_turns_total",
+            "Contributions not applied, under ASP, for the age of what they were computed from.",
+        )
+        self.staleness = metrics.histogram(
+            "shardlane_shard_staleness_versions",
+            "Versions made since the one that a contribution was computed from, under ASP.",
+            buckets=(0, 1, 2, 4, 8, 16, 32, 64, 128, 256),
+        )
         self.alarms = metrics.counter("shardlane_shard_alarms_total", "Things that must not happen and did.")
         self.apply_seconds = metrics.histogram("shardlane_shard_apply_seconds", "One chunk's optimizer step.")
+
+    def note(self, decision: Decision) -> None:
+        """A step was decided."""
+        self.skipped_steps.inc(decision.skipped)
+        self.refused_turns.inc(decision.refused)
+        if decision.turn is not None:
+            self.staleness.observe(decision.turn.staleness)
 
     def watch(self, shard: Shard) -> None:
         gauge = self._metrics.gauge

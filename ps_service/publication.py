@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterable
 
 from shardlane.ids import ChunkId, Version
+from shardlane.turns import Clocks, has_come
 
 
 class Publications:
@@ -15,12 +16,13 @@ class Publications:
     def __init__(self) -> None:
         self._changed = threading.Condition()
         self._versions: dict[ChunkId, Version] = {}
+        self._clocks: dict[ChunkId, Clocks] = {}  # ASP
         self._generation = 0  # of the plan: a new one fails every waiting pull
         self.num_waiting = 0
 
-    def publish(self, chunk: ChunkId, version: Version) -> None:
+    def publish(self, chunk: ChunkId, version: Version, clocks: Clocks = ()) -> None:
         with self._changed:
-            self._versions[chunk] = version
+            self._versions[chunk], self._clocks[chunk] = version, clocks
             self._changed.notify_all()
 
     def withdraw(self, chunk: ChunkId) -> None:
@@ -43,7 +45,7 @@ class Publications:
             return min(self._versions.values(), default=-1)
 
     def wait_any(self, chunks: Iterable[ChunkId], version: Version, *, generation: int, deadline: float) -> list[ChunkId]:
-        """Those of `chunks` whose published version is at least `version`, as soon as there is one.
+        """Those of `chunks` whose published version is at least `version`, or whose turn that is, as soon as there is one.
 
         Empty at `deadline` (monotonic seconds) or when `generation` has passed.
         """
@@ -54,7 +56,7 @@ class Publications:
                 while True:
                     if self._generation != generation:
                         return []
-                    ready = [chunk for chunk in waited if self._versions.get(chunk, -1) >= version]
+                    ready = [chunk for chunk in waited if self._has(chunk, version)]
                     if ready:
                         return ready
                     remaining = deadline - time.monotonic()
@@ -62,3 +64,10 @@ class Publications:
                         return []
             finally:
                 self.num_waiting -= 1
+
+    def _has(self, chunk: ChunkId, version: Version) -> bool:
+        published = self._versions.get(chunk)
+        if published is None:
+            return False
+        clocks = self._clocks[chunk]
+        return has_come(clocks, published, version) if clocks else published >= version

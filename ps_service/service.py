@@ -25,7 +25,7 @@ FLUSH_SECONDS_MAX = 5.0  # for reports that the coordinator has not taken yet
 TICK_SECONDS = 1.0  # a shard that has not moved for so long sends again what may be lost
 STALLED_TICKS = 15  # without a step, and the log says what is missing
 PUSHES_MAX = 32  # push streams served at a time, each with one chunk in memory
-PULLS_MAX = 64  # pulls that wait or stream at a time; further ones queue
+PULLS_MAX = 64  # pulls that wait or stream at a time; further ones queue. Under ASP none may: each waits for something else
 DELIVERIES_MAX = 256  # calls of other shards at a time: two of each, and threads are only made when needed
 
 
@@ -51,9 +51,10 @@ class ShardService:
             network=run.network,
         )
         self._log = logger(role="shard", run=run.run_id, rank=self.me)
+        num_turns = 2 * run.config.train.lanes * run.config.cluster.stages if run.config.train.goes_by_turns else 0
         pools = {
             "Push": ThreadPoolExecutor(PUSHES_MAX, thread_name_prefix="push"),
-            "Pull": ThreadPoolExecutor(PULLS_MAX, thread_name_prefix="pull"),
+            "Pull": ThreadPoolExecutor(max(PULLS_MAX, num_turns), thread_name_prefix="pull"),
             "Deliver": ThreadPoolExecutor(DELIVERIES_MAX, thread_name_prefix="deliver"),
         }
         handler = rpc.handler(SERVICE, ShardServicer(self.shard), pools=pools, observer=self.metrics.observer, callers=CALLERS)

@@ -19,9 +19,10 @@ from shardlane.chunks import Assembly, byte_view, dtype_to_wire
 from shardlane.codecs import Codec
 from shardlane.communication import codec_for, pull_dtype
 from shardlane.errors import MalformedError, NotReadyError, StaleError
-from shardlane.ids import ChunkId, PlanNumber, SiteIndex, Step, Version
-from shardlane.partition import state_names
+from shardlane.ids import ChunkId, Lane, PlanNumber, SiteIndex, Step, Version
+from shardlane.lanes import Block
 from shardlane.pb import ps_pb2, tensor_pb2
+from shardlane.turns import place_of
 
 CHUNKS_MAX = 65_536  # that a pull may ask for
 
@@ -87,10 +88,13 @@ class ShardServicer:
         chunk = envelopes.chunk_id(header.chunk, len(self._layout.chunks))
         if header.site >= self._layout.num_sites(chunk):
             raise MalformedError(f"chunk {chunk} has {self._layout.num_sites(chunk)} sites; found site {header.site}")
+        block = wire.block_from_wire(header.block, self._num_lanes)
+        if self._shard.config.train.goes_by_turns and block != Block(Lane(place_of(header.step, self._num_lanes)[0]), 1):
+            raise MalformedError(f"turn {header.step} is not of lanes {block.first}..{block.first + block.size - 1} alone")
         return Contribution(
             header.timeline,
             Step(header.step),
-            wire.block_from_wire(header.block, self._num_lanes),
+            block,
             SiteIndex(header.site),
             chunk,
             header.tokens,
@@ -194,16 +198,16 @@ class ShardServicer:
         with self._shard.store.parameter_of(chunk, version) as found:
             if found is None:
                 return
-            now, parameter = found
-            if parameter is None:
-                yield wire.Framed(ps_pb2.PullResponse(chunk=chunk, version=now, outcome=ps_pb2.PULL_OUTCOME_SUPERSEDED))
+            if found.parameter is None:
+                superseded = ps_pb2.PULL_OUTCOME_SUPERSEDED
+                yield wire.Framed(ps_pb2.PullResponse(chunk=chunk, version=found.version, outcome=superseded))
                 return
-            with self._as_it_travels(chunk, parameter) as values:
+            header = ps_pb2.PullResponse(chunk=chunk, version=version, outcome=ps_pb2.PULL_OUTCOME_DATA, refused=found.refused)
+            with self._as_it_travels(chunk, found.parameter) as values:
                 view = byte_view(values)
                 dtype = tensor_pb2.DType.Name(dtype_to_wire(values.dtype))
                 for start, end in wire.payload_ranges(len(view)):
-                    piece = tensor_pb2.Slice(dtype=dtype, offset=start, total=len(view))
-                    header = ps_pb2.PullResponse(chunk=chunk, version=version, outcome=ps_pb2.PULL_OUTCOME_DATA, slice=piece)
+                    header.slice.CopyFrom(tensor_pb2.Slice(dtype=dtype, offset=start, total=len(view)))
                     yield wire.Framed(header, view[start:end])
                 self._instruments.pulled_bytes.inc(len(view))
 
@@ -233,7 +237,7 @@ class ShardServicer:
             self._check_run(header.run_id)
             if header.receiver != self._shard.me:
                 raise StaleError(f"{header.receiver} is gone; {self._shard.me} is here now")
-            envelope = envelopes.from_wire(header, self._layout, self._num_lanes)
+            envelope = envelopes.from_wire(header, self._layout, self._shard.config.train)
             senders_plan = envelope.plan
             values = self._values(envelope, piece, pieces) if header.slice.total else []
             self._shard.deliver(envelope, values)
@@ -255,8 +259,7 @@ class ShardServicer:
                 raise MalformedError(
                     f"{type(envelope.message).__name__} brings no values; found {first.header.slice.total} bytes"
                 )
-        config = self._shard.config
-        num_tensors_max = 2 + len(state_names(config.optimizer.name, config.train.num_past))
+        num_tensors_max = 1 + len(self._shard.store.names)  # and a sum
         what = f"the values of chunk {chunk.id}"
         wire.check_slice(first.header.slice, first.payload, total_bytes_max=chunk.num_bytes * num_tensors_max, what=what)
         if first.header.slice.total % chunk.num_bytes:

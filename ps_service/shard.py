@@ -14,6 +14,7 @@ from itertools import takewhile
 from torch import Tensor
 
 from ps_service.core.commit import decide
+from ps_service.core.holdings import Terms
 from ps_service.core.messages import (  # fmt: skip
     Alarm,
     Announce,
@@ -55,7 +56,7 @@ from shardlane.errors import CheckpointError
 from shardlane.ids import ChunkId, Incarnation, PlanNumber, RunId, Step, Timeline
 from shardlane.initialise import initial_chunk
 from shardlane.logs import logger
-from shardlane.manifest import checkpoint_folder, tensor_names
+from shardlane.manifest import PARAMETER, checkpoint_folder
 from shardlane.partition import Layout
 from shardlane.pb import coordinator_pb2
 from shardlane.plan import Plan
@@ -100,14 +101,8 @@ class Shard:
         self._told_copies: Copies = (None, [], [])
         self._outboxes: dict[Incarnation, Outbox] = {}
         self._summaries: deque[coordinator_pb2.StepSummary] = deque(maxlen=SUMMARIES_MAX)
-        self._core = ShardCore(
-            me,
-            num_sites=[self.layout.num_sites(chunk.id) for chunk in self.layout.chunks],
-            num_lanes=config.train.lanes,
-            last_version=config.train.last_step,
-            decide=self._decide,
-            staleness=config.train.staleness,
-        )
+        self._terms = Terms.of(config, self.layout)
+        self._core = ShardCore(me, self._terms, decide=self._decide)
         instruments.watch(self)
 
     @property
@@ -258,7 +253,7 @@ class Shard:
                 case Join():
                     self.store.join(effect)
                 case Close():
-                    square_norm, digest = self.store.close(effect.chunk, effect.step)
+                    square_norm, digest = self.store.close(effect)
                     todo.extend(self._core.on_measured(effect.chunk, square_norm=square_norm, digest=digest))
                 case KeepSum():
                     self.store.keep_sum(effect.chunk, values[0])
@@ -273,7 +268,7 @@ class Shard:
                         applied = self._begin_applying(effect, todo)
                     applied[effect].result()
                 case Publish():
-                    self.publications.publish(effect.chunk, effect.version)
+                    self.publications.publish(effect.chunk, effect.version, effect.clocks)
                 case DropSums():
                     self.store.drop_sums(effect.chunk, keep_closed=effect.keep_closed)
                 case Forget():
@@ -307,9 +302,10 @@ class Shard:
             self.store.apply(effect)
 
     def _load(self, timeline: Timeline, chunks: Sequence[ChunkId]) -> None:
+        clocks = self._terms.clocks(timeline)
         if not timeline.digest:
             for chunk in chunks:
-                self.store.put(chunk, timeline.version, {"parameter": self._initial(chunk)}, num_steps=0)
+                self.store.put(chunk, timeline.version, {PARAMETER: self._initial(chunk)}, num_steps=0, clocks=clocks)
             return
         self._is_loading = True
         try:
@@ -317,7 +313,7 @@ class Shard:
                 if reader.manifest.digest != timeline.digest:
                     raise CheckpointError(f"{reader.folder} is another checkpoint than the one that the plan names")
                 for chunk, tensors in reader.read_chunks(chunks):
-                    self.store.put(chunk, timeline.version, tensors, reader.manifest.optimizer_step)
+                    self.store.put(chunk, timeline.version, tensors, reader.manifest.optimizer_step, clocks)
         finally:
             self._is_loading = False
 
@@ -325,9 +321,9 @@ class Shard:
         return initial_chunk(self.config, self.layout, self.layout.chunks[chunk])
 
     def _keep_state(self, effect: KeepState, values: Sequence[Tensor], num_steps: int) -> None:
-        names = tensor_names(self.config.optimizer.name, self.config.train.num_past)
+        names = self.store.names
         tensors = dict(zip(names, values, strict=False))
-        self.store.put(effect.chunk, effect.version, tensors, num_steps)
+        self.store.put(effect.chunk, effect.version, tensors, num_steps, effect.clocks)
         if effect.with_sum:
             self.store.keep_sum(effect.chunk, values[len(names)])
 
@@ -355,16 +351,16 @@ class Shard:
             if total is not None:
                 self.store.unpin_sum(chunk, total)
 
-        tensors = [*image.tensors.values(), *([] if total is None else [total])]
+        tensors = [*image.tensors.values(), *image.copies, *([] if total is None else [total])]
         return Parcel(replace(envelope, message=replace(message, num_steps=image.num_steps)), tensors, unpin)
 
     def _announce(self, effect: Announce) -> None:
-        decision = effect.decision
-        if decision.skipped:
-            self.instruments.skipped_steps.inc()
-            self.log.warning("step skipped: its gradients are not finite", grad_norm=decision.grad_norm)
         if self._summaries and self._summaries[-1].step >= effect.step:
-            return  # chunks of one step may be applied in several turns
+            return  # chunks of one step may be applied one after another
+        decision = effect.decision
+        self.instruments.note(decision)
+        if decision.skipped:
+            self.log.warning("step skipped: its gradients are not finite", grad_norm=decision.grad_norm)
         self._summaries.append(
             coordinator_pb2.StepSummary(
                 step=effect.step,

@@ -101,7 +101,9 @@ class SnapshotWriter:
                 writer.add(chunk, image.tensors)
                 self._store.unpin_image(chunk, image)
             part = writer.finish()
-        report.optimizer_step = next(iter(snapshot.images.values())).num_steps
+        image = next(iter(snapshot.images.values()))
+        report.optimizer_step = image.num_steps
+        report.clocks.extend(each.clock for each in image.clocks)
         report.file, report.num_bytes = part.file, part.num_bytes
         for chunk, checksums in part.chunks.items():
             report.chunks.add(chunk=chunk, checksums=checksums)

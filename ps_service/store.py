@@ -13,14 +13,16 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from ps_service.core.messages import Apply, Join, Keep
+from ps_service.core.messages import Apply, Close, Join, Keep
 from shardlane.chunks import BufferPool
 from shardlane.config import Config
 from shardlane.ids import ChunkId, SiteIndex, Step, Version
-from shardlane.lanes import Block, lane
+from shardlane.lanes import Block
+from shardlane.manifest import PARAMETER, tensor_names
 from shardlane.numerics import fast_digest, square_sum
 from shardlane.optimizers import ChunkOptimizer
 from shardlane.partition import Layout, state_names
+from shardlane.turns import Clocks, number_of, place_of
 
 POOL_BYTES_MAX = 1 << 30  # of unused buffers that are kept for the next step
 
@@ -31,6 +33,8 @@ class StoredChunk:
 
     optimizer: ChunkOptimizer
     version: Version
+    clocks: Clocks = ()  # ASP: where the lanes stand
+    copies: list[Tensor] = field(default_factory=list)  # ASP: that each lane's turn is computed from; none is ever written again
     partials: dict[tuple[Step, SiteIndex, Block], Tensor] = field(default_factory=dict)
     sum: Tensor | None = None  # while the step is closed
     parameter_pins: int = 0
@@ -46,6 +50,17 @@ class ChunkImage:
     version: Version
     num_steps: int
     tensors: Mapping[str, Tensor]  # "parameter" and the optimizer's states
+    clocks: Clocks
+    copies: tuple[Tensor, ...]  # ASP: that each lane's turn is computed from
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What was found of a version: its parameters, fp32 [num_elements]; None: the chunk is past it, at `version`."""
+
+    version: Version
+    parameter: Tensor | None
+    refused: int = 0  # ASP: turns of the lane that were refused so far
 
 
 class TensorStore:
@@ -61,15 +76,25 @@ class TensorStore:
 
     # ---- state ---------------------------------------------------------------------------------------------------------
 
-    def put(self, chunk: ChunkId, version: Version, tensors: Mapping[str, Tensor], num_steps: int) -> None:
-        """Takes over `tensors["parameter"]` and copies the optimizer's states, absent ones meaning a fresh optimizer."""
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the tensors that a chunk is, in the order in which they go to a learner."""
+        copies = (_copy_name(each) for each in range(self._num_lanes if self._config.train.goes_by_turns else 0))
+        return (*tensor_names(self._config.optimizer.name, self._config.train.num_past), *copies)
+
+    def put(self, chunk: ChunkId, version: Version, tensors: Mapping[str, Tensor], num_steps: int, clocks: Clocks = ()) -> None:
+        """Takes over `tensors["parameter"]` and copies the optimizer's states, absent ones meaning a fresh optimizer. Under ASP
+        lanes go on from `clocks`; a copy that is absent means that its lane's turn is computed from `version`.
+        """
         decay = self._layout.tensors[self._layout.chunks[chunk].tensor].decay
         num_past = self._config.train.num_past
         optimizer = ChunkOptimizer(self._config.optimizer, tensors["parameter"], decay=decay, num_past=num_past)
         if num_steps:
             names = state_names(self._config.optimizer.name, num_past)
             optimizer.load({name: tensors[name] for name in names if name in tensors}, num_steps)
-        self.chunks[chunk] = StoredChunk(optimizer, version)
+        present = tensors[PARAMETER].clone() if clocks else None
+        copies = [tensors.get(_copy_name(each), present) for each in range(len(clocks))]
+        self.chunks[chunk] = StoredChunk(optimizer, version, clocks, [each for each in copies if each is not None])
 
     def forget(self, chunk: ChunkId) -> None:
         stored = self.chunks.pop(chunk, None)
@@ -85,7 +110,9 @@ class TensorStore:
             if effect.scale is not None:
                 self._leave_to_readers(stored)
                 stored.optimizer.apply(stored.sum, scale=effect.scale, learning_rate=effect.learning_rate)
-            stored.version = Version(effect.step + 1)
+            stored.version, stored.clocks = Version(effect.step + 1), effect.clocks
+            if effect.lane is not None:
+                stored.copies[effect.lane] = stored.optimizer.parameter.detach().clone()
         self._drop_sum(stored)
 
     def _leave_to_readers(self, stored: StoredChunk) -> None:
@@ -119,13 +146,12 @@ class TensorStore:
         partials[step, site, effect.left.parent] = partials.pop((step, site, effect.left)).add_(right_values)
         self.pool.give(right_values)
 
-    def close(self, chunk: ChunkId, step: Step) -> tuple[float, int]:
+    def close(self, effect: Close) -> tuple[float, int]:
         """Adds the sites in order. Returns the sum's square norm (fp64) and digest."""
-        stored = self.chunks[chunk]
-        whole = lane(0) if self._num_lanes == 1 else Block(lane(0).first, self._num_lanes)
-        total = stored.partials.pop((step, SiteIndex(0), whole))  # the first addend is taken, never added to zeros
-        for site in range(1, self._layout.num_sites(chunk)):
-            values = stored.partials.pop((step, SiteIndex(site), whole))
+        stored, step = self.chunks[effect.chunk], effect.step
+        total = stored.partials.pop((step, SiteIndex(0), effect.block))  # the first addend is taken, never added to zeros
+        for site in range(1, self._layout.num_sites(effect.chunk)):
+            values = stored.partials.pop((step, SiteIndex(site), effect.block))
             total.add_(values)
             self.pool.give(values)
         stored.sum = total
@@ -163,30 +189,40 @@ class TensorStore:
     # ---- readers -------------------------------------------------------------------------------------------------------
 
     @contextmanager
-    def parameter_of(self, chunk: ChunkId, version: Version) -> Iterator[tuple[Version, Tensor | None] | None]:
-        """The version that the chunk is at, and the parameters of `version`, fp32 [num_elements], unchanging while the context
-        lasts, or None if it is too old; None alone: the chunk is not here.
-        """
+    def parameter_of(self, chunk: ChunkId, version: int) -> Iterator[Found | None]:
+        """Of `version`, under ASP a turn's number. Unchanging while the context lasts. None: the chunk is not here."""
         stored = self.chunks.get(chunk)
         if stored is None:
             yield None
             return
         with stored.lock:
-            now, back = stored.version, stored.version - version
-            if back:
-                found = (now, stored.optimizer.version_ago(back) if 0 < back <= self._config.train.num_past else None)
-            else:
-                parameter = stored.optimizer.parameter.detach()
-                stored.parameter_pins += 1
-        if back:
+            found = self._past(stored, version)
+            parameter = stored.optimizer.parameter.detach()
+            stored.parameter_pins += found is None
+        if found is not None:
             yield found
             return
         try:
-            yield now, parameter
+            yield Found(Version(version), parameter)
         finally:
             with stored.lock:
                 if stored.optimizer.parameter.data_ptr() == parameter.data_ptr():
                     stored.parameter_pins -= 1
+
+    def _past(self, stored: StoredChunk, version: int) -> Found | None:
+        """Anything but the present parameters; None: those."""
+        place = num_lanes = self._num_lanes
+        if stored.clocks:
+            place, version = place_of(version, num_lanes)
+        if place < num_lanes:
+            clock = stored.clocks[place]
+            values = stored.copies[place] if version == clock.taken else None
+            return Found(Version(number_of(place, clock.taken, num_lanes)), values, clock.refused)
+        back = stored.version - version
+        if not back:
+            return None
+        now = number_of(place, stored.version, num_lanes) if stored.clocks else stored.version
+        return Found(Version(now), stored.optimizer.version_ago(back) if 0 < back <= self._config.train.num_past else None)
 
     def pin_image(self, chunk: ChunkId) -> ChunkImage:
         """The chunk as it is now, for a checkpoint or a refill; give it back by `unpin_image`."""
@@ -194,7 +230,7 @@ class TensorStore:
         with stored.lock:
             stored.state_pins += 1
             tensors = {"parameter": stored.optimizer.parameter.detach(), **stored.optimizer.states()}
-            return ChunkImage(stored.version, stored.optimizer.num_steps, tensors)
+            return ChunkImage(stored.version, stored.optimizer.num_steps, tensors, stored.clocks, tuple(stored.copies))
 
     def unpin_image(self, chunk: ChunkId, image: ChunkImage) -> None:
         """Without this the next update merely copies once for nothing."""
@@ -221,3 +257,7 @@ class TensorStore:
                 self.pool.give(values)
         elif stored is not None and stored.sum is values:
             stored.sum_pins -= 1
+
+
+def _copy_name(lane: int) -> str:
+    return f"parameter_of_lane_{lane}"

@@ -20,6 +20,7 @@ from pydantic import Field, ValidationError, model_validator
 from shardlane.errors import ConfigError
 from shardlane.presets import MODEL_PRESETS
 from shardlane.sections import CheckpointConfig, DataConfig, Section
+from shardlane.train_config import TrainConfig
 
 ENVIRONMENT_PREFIX = "SHARDLANE_"
 
@@ -64,73 +65,6 @@ class ModelConfig(Section):
     @property
     def head_dim(self) -> int:
         return self.hidden_size // self.num_attention_heads
-
-
-class TrainConfig(Section):
-    seq_len: int = Field(256, ge=2, description="tokens a sequence")
-    micro_batch_size: int = Field(4, ge=1, description="sequences a micro-batch")
-    global_batch_size: int = Field(32, ge=1, description="sequences a step")
-    lanes: int = Field(4, ge=1, description="logical data-parallel ranks; a power of two; fixed for the run's life")
-    max_steps: int = Field(200, ge=1, description="steps of the whole run; the learning-rate schedule is laid over them")
-    stop_at_step: int = Field(0, ge=0, description="stop and checkpoint here, to go on later; 0: at max_steps")
-    local_steps: int = Field(
-        1, ge=1, description="steps of a lane by itself, by [inner], between two pushes; they share its micro-batches (DiLoCo)"
-    )
-    consistency: Literal["bsp", "ssp"] = Field(
-        "bsp", description="bsp: every step is computed from the version before it; ssp: from an older one, see `staleness`"
-    )
-    staleness: int = Field(
-        0, ge=0, le=16, description="ssp: step t is computed from version t - staleness; 1 is the one-step delay of PipeDream-2BW"
-    )
-    look_ahead: bool = Field(False, description="ssp: compute from where the version read is headed, by its last update")
-    seed: int = Field(1234, ge=0, lt=1 << 63)
-
-    @model_validator(mode="after")
-    def _check_consistency(self) -> Self:
-        if self.consistency == "bsp" and self.staleness:
-            raise ValueError(f"staleness is {self.staleness} under bsp; set consistency to ssp, or staleness to 0")
-        return self
-
-    @model_validator(mode="after")
-    def _check_batch(self) -> Self:
-        if self.lanes & (self.lanes - 1):
-            raise ValueError(f"lanes is {self.lanes}; it must be a power of two, so that lanes add up along a binary tree")
-        if self.global_batch_size % (self.micro_batch_size * self.lanes):
-            raise ValueError(
-                f"global_batch_size {self.global_batch_size} is not a multiple of micro_batch_size x lanes"
-                f" ({self.micro_batch_size} x {self.lanes})"
-            )
-        if self.global_batch_size % (self.micro_batch_size * self.lanes * self.local_steps):
-            raise ValueError(
-                f"a lane's {self.num_micro_batches // self.lanes} micro-batches a step cannot be shared among"
-                f" {self.local_steps} local steps; make global_batch_size a multiple of micro_batch_size x lanes x local_steps"
-            )
-        if self.stop_at_step > self.max_steps:
-            raise ValueError(f"stop_at_step {self.stop_at_step} is beyond max_steps {self.max_steps}")
-        return self
-
-    @property
-    def num_micro_batches(self) -> int:
-        """M: micro-batches a step, over all lanes."""
-        return self.global_batch_size // self.micro_batch_size
-
-    def reads(self, step: int) -> int:
-        """The version from which `step` is computed, by every lane and in every stage."""
-        return max(step - self.staleness, 0)
-
-    @property
-    def looks_ahead(self) -> bool:
-        return self.look_ahead and self.staleness > 0
-
-    @property
-    def num_past(self) -> int:
-        """Versions before the present one that are kept."""
-        return self.staleness + self.looks_ahead
-
-    @property
-    def last_step(self) -> int:
-        """The version at which this run ends."""
-        return self.stop_at_step or self.max_steps
 
 
 class OptimizerConfig(Section):
@@ -255,12 +189,15 @@ class Config(Section):
         """Whether lanes are pushed one by one, not their sums: what rounds is a lane's own, and so are local steps; and under SSP
         no sum of an earlier step need be taken apart when lanes move.
         """
-        return self.communication.push != "fp32" or self.train.local_steps > 1 or self.train.staleness > 0
+        train = self.train
+        return self.communication.push != "fp32" or train.local_steps > 1 or train.staleness > 0 or train.goes_by_turns
 
     def mathematics(self) -> dict[str, Any]:
         """The settings that decide the weights, bit for bit within a numerics class; the data's hash is kept beside it."""
         keep: dict[str, Any] = {name: getattr(self, name).model_dump() for name in ("model", "train", "optimizer", "schedule")}
-        del keep["train"]["stop_at_step"], keep["model"]["preset"], keep["train"]["consistency"]
+        del keep["train"]["stop_at_step"], keep["model"]["preset"]
+        if not self.train.goes_by_turns:
+            del keep["train"]["consistency"], keep["train"]["staleness_max"], keep["train"]["staleness_aware"]
         if not self.train.staleness:
             del keep["train"]["staleness"], keep["train"]["look_ahead"]
         keep["numerics"] = self.numerics.model_dump(exclude={"determinism"})

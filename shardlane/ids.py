@@ -14,7 +14,7 @@ SiteIndex = NewType("SiteIndex", int)  # which use of a tensor: 0, or 1 for the 
 Incarnation = NewType("Incarnation", str)  # one life of a process, e.g. "worker-3f9a0c1e"
 RunId = NewType("RunId", str)
 
-PROTOCOL_VERSION = 4
+PROTOCOL_VERSION = 5
 """Raised by every change that an older peer would misread; registration refuses any other by name."""
 
 
@@ -34,9 +34,10 @@ class Timeline:
     """The history since the last roll-back: an id and the checkpoint that it began with.
 
     `version` is the version of that checkpoint and `digest` its manifest's digest ("" when the timeline began with the
-    initial parameters).
+    initial parameters). `clocks`: of each lane, under ASP, the batches that it had learnt from by then; empty: none.
     """
 
     id: int
     version: Version
     digest: str = ""
+    clocks: tuple[int, ...] = ()

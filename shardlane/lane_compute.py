@@ -10,10 +10,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from shardlane.config import Config, TrainConfig
+from shardlane.config import Config
 from shardlane.data import TokenFile
 from shardlane.model import IGNORED_TARGET, Stage, autocast, token_loss_sum
 from shardlane.samples import held_out_ids, sample_ids
+from shardlane.train_config import TrainConfig
 
 
 def micro_batches_of(lane: int, train: TrainConfig) -> range:

@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from shardlane.config import Config
+from shardlane.ids import Lane
 from shardlane.partition import Layout
 from shardlane.tally import LaneRun, Tally, are_runs
 
@@ -28,12 +29,14 @@ class Expected:
     lanes: int
     micro_batches: int  # over all lanes, each of which owns as many
     tokens: int
+    lanes_a_step: int = 0  # ASP: 1, and the micro-batches and tokens are those of one; 0: all
 
     @classmethod
     def of(cls, config: Config) -> Expected:
         layout, train = Layout.of(config), config.train
         tables = sum(layout.num_sites(chunk.id) for chunk in layout.chunks)
-        return cls(tables, train.lanes, train.num_micro_batches, train.global_batch_size * train.seq_len)
+        num_tokens, parts = train.global_batch_size * train.seq_len, train.lanes if train.goes_by_turns else 1
+        return cls(tables, train.lanes, train.num_micro_batches // parts, num_tokens // parts, int(train.goes_by_turns))
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +113,8 @@ class Account:
     num_skipped: int = 0  # of them
     num_entries: int = 0  # with those that are superseded
     num_micro_batches: int = 0
+    lanes: list[Lane | None] = field(default_factory=list)  # ASP: whose each of the steps that stand is
+    restarts: set[int] = field(default_factory=set)  # versions that timelines began with
     roll_backs: list[RollBack] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)  # a line each, by step; superseded entries have none
 
@@ -140,6 +145,7 @@ def judge(lines: Iterable[bytes], expects: Expected, *, reached: int = 0) -> Acc
         if isinstance(item, TimelineStart):
             account.first_step = item.version if start is None else min(account.first_step, item.version)
             start, account.expects = item, item.expects
+            account.restarts = {each for each in account.restarts if each < item.version} | {item.version}
             _supersede(account, standing, item)
             continue
         account.num_entries += 1
@@ -177,6 +183,7 @@ def _conclude(account: Account, standing: dict[int, _Standing], expects: Expecte
         account.faults += standing[step].faults
         account.num_micro_batches += standing[step].expects.micro_batches
         account.num_skipped += standing[step].entry.skipped
+        account.lanes += [lane_of(standing[step].entry)] if expects.lanes_a_step else []
         following = step + 1
     if reached > following:
         account.faults.append(f"{_range('step', following, reached - 1)}: no entry; there is a checkpoint of version {reached}")
@@ -189,6 +196,8 @@ def faults_of(entry: Entry, expects: Expected) -> list[str]:
     where, tally, faults = f"step {entry.step}", entry.tally, []
     if not are_runs(tally.runs, expects.lanes):
         return [f"{where}: lanes {[list(run) for run in tally.runs[:8]]} are not lanes 0..{expects.lanes - 1}, each once"]
+    if expects.lanes_a_step:
+        return _faults_of_turn(entry, expects)
     owned = expects.micro_batches // expects.lanes
     for run in tally.runs:
         if not run.is_exact:
@@ -196,11 +205,31 @@ def faults_of(entry: Entry, expects: Expected) -> list[str]:
             owns = f"micro-batches {run.first * owned}..{(run.first + run.size) * owned - 1}"
             times = run.most if run.most > 1 else run.least
             faults.append(f"{where}, {lanes} ({owns}): counted {times} times in a table")
-    if tally.tables != expects.tables:
-        faults.append(f"{where}: counted in {tally.tables} tables; the model has {expects.tables}")
+    return faults + _faults_of_sizes(entry, expects)
+
+
+def _faults_of_turn(entry: Entry, expects: Expected) -> list[str]:
+    found = ", ".join(
+        f"{_range('lane', run.first, run.first + run.size - 1)}: {run.most}" for run in entry.tally.runs if run.most
+    )
+    is_one = lane_of(entry) is not None
+    wrong = [] if is_one else [f"step {entry.step}: counted {found or 'nothing'}; a step is one lane's, once in every table"]
+    return wrong + _faults_of_sizes(entry, expects)
+
+
+def _faults_of_sizes(entry: Entry, expects: Expected) -> list[str]:
+    where, faults = f"step {entry.step}", []
+    if entry.tally.tables != expects.tables:
+        faults.append(f"{where}: counted in {entry.tally.tables} tables; the model has {expects.tables}")
     if entry.tokens != expects.tokens:
         faults.append(f"{where}: {entry.tokens} tokens counted; the config makes them {expects.tokens}")
     return faults
+
+
+def lane_of(entry: Entry) -> Lane | None:
+    """ASP: whose step it is, if it is one lane's, counted once in every table."""
+    counted = [run for run in entry.tally.runs if run.most]
+    return Lane(counted[0].first) if len(counted) == 1 and counted[0].size == 1 and counted[0].is_exact else None
 
 
 def _range(noun: str, first: int, last: int) -> str:

@@ -73,6 +73,7 @@ class Manifest(_Frozen):
     mathematics_hash: str
     parts: tuple[Part, ...]
     chunks: tuple[ChunkEntry, ...]
+    clocks: tuple[int, ...] = Field((), description="of each lane, under ASP: batches that it has learnt from")
 
     @model_validator(mode="after")
     def _check_whole(self) -> Self:
@@ -89,6 +90,11 @@ class Manifest(_Frozen):
             if set(entry.checksums) != names:
                 raise ValueError(f"chunk {index} has the tensors {sorted(entry.checksums)}, expected {sorted(names)}")
         return self
+
+    @property
+    def num_steps(self) -> int:
+        """Steps of the schedule that are done; under ASP a version is one lane's part of one."""
+        return sum(self.clocks) // len(self.clocks) if self.clocks else self.version
 
     @property
     def tensor_names(self) -> tuple[str, ...]:
@@ -129,6 +135,7 @@ def build_manifest(
     numerics_class: str,
     data_hash: str,
     tokenizer_hash: str,
+    clocks: tuple[int, ...] = (),
 ) -> Manifest:
     """Joins the shards' reports. A chunk in two parts (its primary died after writing) counts once; it must be the same in both.
 
@@ -149,6 +156,7 @@ def build_manifest(
             mathematics_hash=config.mathematics_hash(),
             parts=tuple(Part(file=file, num_bytes=sizes[file]) for file in sorted({entry.part for entry in found.values()})),
             chunks=tuple(found[chunk] for chunk in sorted(found)),
+            clocks=clocks,
         )
     except ValueError as error:
         raise CheckpointError(f"version {version} is not checkpointed: {_reason(error)}") from error

@@ -16,6 +16,7 @@ Role = Literal["shard", "worker"]
 
 REQUEST_CHECKPOINT = 1
 REQUEST_STOP = 2
+DONE = 4  # asked by nobody: under ASP only a decision tells which version is the run's last
 """Bits that ride in a chunk's record; a step's decision ORs them over all chunks, so that every shard acts at one version."""
 
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from shardlane.config import Config, OptimizerConfig, ScheduleConfig
+from shardlane.turns import Turn
 
 
 def learning_rate(step: int, *, optimizer: OptimizerConfig, schedule: ScheduleConfig, max_steps: int) -> float:
@@ -41,6 +42,14 @@ def update_rate(step: int, config: Config) -> float:
     if config.train.local_steps > 1:
         return config.optimizer.learning_rate
     return learning_rate(step, optimizer=config.optimizer, schedule=config.schedule, max_steps=config.train.max_steps)
+
+
+def turn_rate(turn: Turn, config: Config) -> float:
+    """The rate for one lane's contribution under ASP: that of the step which the lanes' clocks average to, over how old the
+    version was that it was computed from (Zhang et al. 2016, "Staleness-aware async-SGD", equation 5).
+    """
+    rate = update_rate(turn.clock_sum // config.train.lanes, config)
+    return rate / max(1, turn.staleness) if config.train.staleness_aware else rate
 
 
 def _progress(done: int, span: int) -> float:

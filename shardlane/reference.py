@@ -11,7 +11,7 @@ import math
 import secrets
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from shardlane.communication import codec_for, nonce_of, pull_dtype
 from shardlane.config import Config
 from shardlane.data import TokenFolder
 from shardlane.digest import state_digest
-from shardlane.ids import ChunkId, Lane, RunId, Version
+from shardlane.ids import ChunkId, Lane, RunId, Timeline, Version
 from shardlane.initialise import initial_chunk
 from shardlane.lane_compute import (
     count_targets,
@@ -43,9 +43,10 @@ from shardlane.model import Stage, whole_model
 from shardlane.numerics import configure_torch, numerics_class, square_sum
 from shardlane.optimizers import ChunkOptimizer
 from shardlane.partition import Chunk, Layout, SiteChunk
-from shardlane.rates import clip_scale, tree_sum, update_rate
+from shardlane.rates import clip_scale, tree_sum, turn_rate, update_rate
 from shardlane.storage import Location
 from shardlane.top_k import Residuals
+from shardlane.turn_table import Order, TurnTable
 
 Row = dict[str, int | float]  # a line of metrics.jsonl
 
@@ -59,8 +60,15 @@ class Reference:
     """
 
     def __init__(
-        self, config: Config, tokens: TokenFolder, *, run_id: RunId | None = None, device: torch.device | str = "cpu"
+        self,
+        config: Config,
+        tokens: TokenFolder,
+        *,
+        run_id: RunId | None = None,
+        device: torch.device | str = "cpu",
+        order: Order | None = None,
     ) -> None:
+        """`order`: under ASP, whose turn it was in the run that is to be repeated. None: the lanes go round."""
         configure_torch(config.numerics)
         self.config = config
         self.tokens = tokens
@@ -84,6 +92,8 @@ class Reference:
             flat = {name: leaf.detach().view(-1) for name, leaf in self._leaves.items()}
             self._local = LocalSteps(config, flat, self.layout.decays(whole_model(config.model)))
         self._filled = Version(-1)  # the version that the leaves are of
+        self._turns = TurnTable(config, order) if config.train.goes_by_turns else None
+        self._begin_turns(Timeline(0, Version(0)))
         self._fill_leaves(self.version)
 
     @property
@@ -97,15 +107,27 @@ class Reference:
         A training row is of step t, from 0; a validation row is of version v, after v steps. Checkpoints go under the folder
         `checkpoints`; None writes none.
         """
-        while self.version < self.config.train.last_step:
+        while not self.is_done:
             started = time.perf_counter()
-            row = self._train_step(self.version)
+            row = self._train_step(self.version) if self._turns is None else self._train_turn(self._turns)
             self.version = Version(self.version + 1)
             yield {**row, "tokens_per_second": row["tokens"] / (time.perf_counter() - started)}
-            if validates_at(self.version, self.config):
+            is_between = self._turns is not None and not self._turns.is_at_a_step
+            if not is_between and validates_at(self.num_steps, self.config):
                 yield {"step": self.version, "val_loss": self.validation_loss()}
-            if checkpoints is not None and checkpoints_at(self.version, self.config):
+            is_due = self.is_done if is_between else checkpoints_at(self.num_steps, self.config) or self.is_done
+            if checkpoints is not None and is_due:
                 self.save(checkpoints)
+
+    @property
+    def is_done(self) -> bool:
+        """At `train.last_step`, or at the end of the order that is repeated."""
+        return self.num_steps >= self.config.train.last_step or (self._turns is not None and self._turns.is_over(self.version))
+
+    @property
+    def num_steps(self) -> int:
+        """Of the schedule; under ASP a version is one lane's part of one."""
+        return self.version if self._turns is None else self._turns.num_steps
 
     def validation_loss(self) -> float:
         """Mean loss in nats a token over the held-out micro-batches, at the present version."""
@@ -142,6 +164,7 @@ class Reference:
             numerics_class=numerics_class(self.config.numerics, self.device),
             data_hash=self.tokens.digest,
             tokenizer_hash=self.tokens.tokenizer_hash,
+            clocks=() if self._turns is None else self._turns.learnt,
         )
         write_manifest(folder, manifest)
         prune(root, self.config.checkpoint.keep_last)
@@ -159,6 +182,7 @@ class Reference:
                 optimizer.parameter.copy_(states[PARAMETER])
                 optimizer.load({name: states[name] for name in self._names[1:] if name in states}, manifest.optimizer_step)
         self.version, self._filled = manifest.version, Version(-1)
+        self._begin_turns(Timeline(0, manifest.version, manifest.digest, manifest.clocks))
 
     def _initial(self, chunk: Chunk) -> ChunkOptimizer:
         values = initial_chunk(self.config, self.layout, chunk)
@@ -192,8 +216,32 @@ class Reference:
         row: Row = {"step": step, "loss": mean_loss, "grad_norm": clip.grad_norm, "lr": rate, "tokens": num_tokens}
         return row if clip.finite else {**row, "skipped": True}
 
+    def _begin_turns(self, timeline: Timeline) -> None:
+        """All lanes go on from the present version."""
+        if self._turns is not None:
+            self._turns.begin(timeline)
+            self._copies = [[chunk.parameter.clone() for chunk in self._chunks]] * self.config.train.lanes
+
+    def _train_turn(self, turns: TurnTable) -> Row:
+        if turns.restarts_at(self.version):
+            self._begin_turns(Timeline(0, self.version, clocks=turns.learnt))
+        index, batch, turn = turns.next(self.version)
+        self._fill_leaves(self.version, self._copies[index])
+        loss, num_tokens, pushed = self._run_lane(batch, index)
+        arrived = {name: self._as_it_arrives(name, values, turn.number, index) for name, values in pushed.items()}
+        totals = self._chunk_sums(arrived)
+        clip = clip_scale([square_sum(total) for total in totals], num_tokens, self.config.optimizer.max_grad_norm)
+        rate, refused = turn_rate(turn, self.config), turns.take(turn, self.version)
+        for chunk, total in zip(self._chunks, totals, strict=True):
+            if clip.finite and not refused:
+                chunk.apply(total, scale=clip.scale, learning_rate=rate)
+        self._copies[index] = [chunk.parameter.clone() for chunk in self._chunks]
+        mean_loss = loss / num_tokens if num_tokens else math.nan
+        row: Row = {"step": self.version, "loss": mean_loss, "grad_norm": clip.grad_norm, "lr": rate, "tokens": num_tokens}
+        return row if clip.finite else {**row, "skipped": True}
+
     def _run_lane(self, step: int, index: int) -> tuple[float, int, dict[str, Tensor]]:
-        """The sum of the lane's token losses, its tokens, and what it pushes of each leaf."""
+        """The sum of the lane's token losses in its batch of `step`, its tokens, and what it pushes of each leaf."""
         total, num_tokens, num_local_tokens = 0.0, 0, 0
         micro_batches = micro_batches_of(index, self.config.train)
         for number, micro_batch in enumerate(micro_batches, start=1):
@@ -249,16 +297,16 @@ class Reference:
         look_ahead({name: leaf.detach() for name, leaf in self._leaves.items()}, before, step - version)
         self._filled = Version(-1)
 
-    def _fill_leaves(self, version: Version) -> None:
-        """Every site is a leaf of its own and holds a copy of its chunks as they were at `version`."""
-        if version == self._filled:
+    def _fill_leaves(self, version: Version, copies: Sequence[Tensor] = ()) -> None:
+        """Every site is a leaf of its own and holds a copy of its chunks as they were at `version`, or of `copies`."""
+        if version == self._filled and not copies:
             return
-        self._filled, back = version, self.version - version
+        self._filled, back = Version(-1) if copies else version, self.version - version
         with torch.no_grad():
             for item in self.layout.stage_chunks(whole_model(self.config.model)):
                 leaf = self._leaves[item.parameter].view(-1)
                 dtype = pull_dtype(self.config.communication, self.layout.tensors[item.chunk.tensor])
-                values = self._chunks[item.chunk.id].version_ago(back).to(dtype)
+                values = (copies[item.chunk.id] if copies else self._chunks[item.chunk.id].version_ago(back)).to(dtype)
                 leaf.narrow(0, item.chunk.offset, item.chunk.num_elements).copy_(values)
 
     def _payload(self, chunk: ChunkId) -> dict[str, Tensor]:

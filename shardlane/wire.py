@@ -221,6 +221,14 @@ def role_from_wire(role: int) -> Any:
         raise MalformedError(f"role {role} is unknown; expected 1 (shard) or 2 (worker)") from None
 
 
+def _timeline_to_wire(timeline: Timeline) -> tensor_pb2.Timeline:
+    return tensor_pb2.Timeline(id=timeline.id, version=timeline.version, digest=timeline.digest, clocks=timeline.clocks)
+
+
+def _timeline_from_wire(message: tensor_pb2.Timeline) -> Timeline:
+    return Timeline(message.id, Version(message.version), message.digest, tuple(message.clocks))
+
+
 def plan_to_wire(plan: Plan) -> coordinator_pb2.Plan:
     index = {member.incarnation: position for position, member in enumerate(plan.members)}
 
@@ -230,7 +238,7 @@ def plan_to_wire(plan: Plan) -> coordinator_pb2.Plan:
     return coordinator_pb2.Plan(
         number=number_to_wire(plan.number),
         run_id=plan.run_id,
-        timeline=tensor_pb2.Timeline(id=plan.timeline.id, version=plan.timeline.version, digest=plan.timeline.digest),
+        timeline=_timeline_to_wire(plan.timeline),
         members=[
             coordinator_pb2.Member(incarnation=each.incarnation, role=role_to_wire(each.role), address=each.address)
             for each in plan.members
@@ -268,7 +276,7 @@ def plan_from_wire(message: coordinator_pb2.Plan) -> Plan:
         plan = Plan(
             number=number_from_wire(message.number),
             run_id=RunId(message.run_id),
-            timeline=Timeline(message.timeline.id, Version(message.timeline.version), message.timeline.digest),
+            timeline=_timeline_from_wire(message.timeline),
             members=members,
             stages=tuple(StageLayers(each.first, each.end, num_layers) for each in message.stages),
             replicas=tuple(

@@ -17,7 +17,7 @@ PURE, LIBRARY, CORE, WIRE, SHELL, SERVICER, TOP = range(7)
 # shardlane's modules by floor; one that is not named here stands on LIBRARY. A floor imports itself and what lies below.
 FLOORS = {
     **dict.fromkeys(("", "__version__", "ids", "errors", "config", "partition", "lanes", "samples", "rates", "plan"), PURE),
-    **dict.fromkeys(("cadence", "tally", "ledger", "presets", "sections", "uris"), PURE),
+    **dict.fromkeys(("cadence", "tally", "turns", "ledger", "presets", "sections", "train_config", "uris"), PURE),
     **dict.fromkeys(("pb", "wire", "rpc", "metrics", "member", "tls", "certificates", "kubernetes"), WIRE),
     **dict.fromkeys(("cli", "chaos"), TOP),
 }
@@ -29,7 +29,11 @@ IMPURE = {
     *("threading", "multiprocessing", "concurrent", "asyncio", "queue"),
 }
 # Validation, and nothing that computes.
-THIRD_PARTY_OF_PURE = {"shardlane/config.py": {"pydantic", "yaml"}, "shardlane/sections.py": {"pydantic"}}
+THIRD_PARTY_OF_PURE = {
+    "shardlane/config.py": {"pydantic", "yaml"},
+    "shardlane/sections.py": {"pydantic"},
+    "shardlane/train_config.py": {"pydantic"},
+}
 
 # Everything that turns bytes into code (invariant 9: nothing from the network is unpickled).
 UNSAFE_MODULES = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}

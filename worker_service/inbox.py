@@ -68,11 +68,13 @@ class Inbox:
         on_reseated: Callable[[PlanNumber], None],
         on_lane: Callable[[Direction, Version, MicroBatch], None],
         reads: Callable[[int], int] = lambda step: step,
+        num_places: int = 1,
     ) -> None:
         """`on_ahead`: a neighbour in the replica that this plan formed knows a later version. `on_reseated`: one works in a
         replica that was formed later than the one here. `on_lane`: it asks from below, or tells from above, that the lane which
         begins with the micro-batch runs again. `reads`: the version that a step is computed from."""
-        self._reads = reads
+        self._reads, self._num_places = reads, num_places
+        self._begun: dict[int, int] = {}  # ASP: by place, the newest turn that was begun
         self._me, self._run_id, self._pool = me, run_id, pool
         self._budget_bytes = budget_bytes // 2
         self._on_ahead, self._on_reseated, self._on_lane = on_ahead, on_reseated, on_lane
@@ -102,6 +104,7 @@ class Inbox:
             # A roll-back goes to an earlier version, and a neighbour may be there first.
             self._step = self._version = self._published = Version(0)
             self._validated = -1
+            self._begun.clear()
             self._drop(lambda key: True)
             self._changed.notify_all()
 
@@ -109,8 +112,28 @@ class Inbox:
         """Items of earlier steps than `step` are void, and of validations of earlier versions than `version`."""
         with self._changed:
             self._step, self._version, self._published = step, version, published
+            self._begun[step % self._num_places] = step
             self._drop(self._is_past)
             self._changed.notify_all()
+
+    def skip(self, number: Version) -> None:
+        """ASP: the turn is closed, and will not be begun."""
+        with self._changed:
+            place = number % self._num_places
+            self._begun[place] = max(number + 1, self._begun.get(place, 0))
+            self._drop(self._is_past)
+
+    def wait_offer(self, attempt: Attempt, wanted: Callable[[int], bool]) -> Version:
+        """ASP: the turn of which something came first from above, of those that were not begun and are `wanted`. Raises
+        `Abandoned`."""
+
+        def offered() -> list[int]:
+            fresh = (key[1] for key in self._items if key[0] != GRADIENT and wanted(key[1]))
+            return [each for each in fresh if each != self._begun.get(each % self._num_places)]
+
+        with self._changed:
+            attempt.wait(self._changed, lambda: bool(offered()))
+            return Version(offered()[0])
 
     def run_again(self, version: Version, micro_batches: range) -> None:
         """These will come, and be taken, once more."""
@@ -151,6 +174,8 @@ class Inbox:
             self._changed.notify_all()
 
     def _is_past(self, key: Key) -> bool:
+        if self._num_places > 1:
+            return key[1] < self._begun.get(key[1] % self._num_places, 0)
         return key[1] < (self._version if key[0] == VALIDATION else self._step)
 
     def _drop(self, void: Callable[[Key], bool]) -> None:
@@ -184,7 +209,7 @@ class Inbox:
             is_over = header.step - 1
         elif header.sender == seat.above:
             is_over = self._reads(header.step)
-        if is_over > self._validated:
+        if is_over > self._validated and self._num_places == 1:
             with self._changed:
                 self._validated = is_over
                 self._changed.notify_all()

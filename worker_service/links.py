@@ -17,6 +17,7 @@ from shardlane import rpc, wire
 from shardlane.chunks import byte_view
 from shardlane.ids import Incarnation, MicroBatch, PlanNumber, RunId, Version
 from shardlane.pb import tensor_pb2, worker_pb2
+from shardlane.turns import is_before
 from worker_service.inbox import Request
 from worker_service.staging import HostTensor, Staging
 
@@ -57,11 +58,13 @@ class Link:
         on_broken: Callable[[Incarnation, str], None],
         published: Callable[[], Version] = lambda: Version(0),
         network: rpc.Network = rpc.PLAIN,
+        num_places: int = 1,
     ) -> None:
         """`on_broken` hears at once of a stream that broke, and why; not of every vain attempt to open it again. `published`: the
         newest version that is known here, which the neighbour is told.
         """
         self._route, self._staging, self._on_broken, self._published = route, staging, on_broken, published
+        self._num_places = num_places
         self._changed = threading.Condition()
         self._items: list[_Item] = []  # of the open step, in order
         self._next = 0  # the first that the present stream has not begun
@@ -77,11 +80,12 @@ class Link:
             return sum(item.host.values.nbytes for item in self._items if item.host is not None)
 
     def begin(self, version: Version) -> None:
-        """`version` is published: what belongs to earlier steps need not arrive any more."""
+        """`version` is published: what belongs to earlier steps, under ASP of the same lane, need not arrive any more."""
         with self._changed:
-            gone = [item for item in self._items if item.version < version]
-            self._next -= sum(item.version < version for item in self._items[: self._next])
-            self._items = [item for item in self._items if item.version >= version]
+            is_gone = [is_before(item.version, version, self._num_places) for item in self._items]
+            gone = [item for item, over in zip(self._items, is_gone, strict=True) if over]
+            self._next -= sum(is_gone[: self._next])
+            self._items = [item for item, over in zip(self._items, is_gone, strict=True) if not over]
             self._drop(gone)
 
     def send(self, kind: int, version: Version, micro_batch: int, host: HostTensor | None = None) -> None:

@@ -1,14 +1,14 @@
 """Parameters of a named version, from every shard that owns some of this stage's chunks.
 
 Asked for early, one call a shard, while the step that leads to the version still runs: what comes waits in the transport until
-`take` opens the parameters to it.
+`take` opens the parameters to it. Under ASP several are asked for at a time, for the turns of several lanes come in any order.
 """
 
 from __future__ import annotations
 
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -51,6 +51,7 @@ class _Asked:
     open: bool = False  # whether values may reach the parameters
     cancelled: bool = False
     superseded: Version | None = None
+    refused: int = 0  # ASP: turns of the lane that were refused before this one
 
     @property
     def settled(self) -> bool:
@@ -74,13 +75,16 @@ class Puller:
         on_fault: Callable[[str], None],
         on_bytes: Callable[[int], None],
         dtype_of: Callable[[Chunk], torch.dtype] = lambda chunk: torch.float32,
+        num_places: int = 1,
     ) -> None:
-        """`parameters`: flat, fp32, by name; a chunk travels in `dtype_of` it.
+        """`parameters`: flat, fp32, by name; a chunk travels in `dtype_of` it. `num_places`: versions that are so much apart
+        follow one another, and those between them are of other lanes (ASP).
 
         `offer` gets plans that shards attach, `on_ended` hears of a shard that ended a call
         without all that it was asked for, `on_published` that `published` has grown, `on_fault` of one that sent something
         else."""
-        self.published = Version(-1)  # the newest version that a shard has answered with, taken or not
+        self._newest: dict[int, Version] = {}  # by place, the newest version that a shard has answered with, taken or not
+        self._num_places = num_places
         self._plan, self._parameters, self._staging, self._client_of = plan, parameters, staging, client_of
         self._offer, self._on_ended, self._on_published = offer, on_ended, on_published
         self._on_fault, self._on_bytes, self._dtype_of = on_fault, on_bytes, dtype_of
@@ -90,14 +94,36 @@ class Puller:
             self._chunks[item.chunk.id] = item.chunk
             self._names[item.chunk.id].append(item.parameter)
         self._changed = threading.Condition()
-        self._asked: _Asked | None = None
+        self._asked: dict[Version, _Asked] = {}
+
+    @property
+    def published(self) -> Version:
+        """The newest version that is known here; not under ASP, where the turns of a lane say nothing of another's."""
+        return self._newest.get(0, Version(-1)) if self._num_places == 1 else Version(-1)
+
+    def is_past(self, version: Version) -> bool:
+        """Whether the version after it is known to be there."""
+        return self._newest.get(version % self._num_places, -1) > version
+
+    def wait_any(self, versions: Sequence[Version], attempt: Attempt) -> Version:
+        """Asks for all of them and waits until a shard has one, or is past one: the oldest such. Raises `Abandoned`."""
+        for version in versions:
+            self.ask(version)
+
+        def come() -> list[Version]:
+            return [each for each in versions if self._newest.get(each % self._num_places, -1) >= each]
+
+        with self._changed:
+            attempt.wait(self._changed, lambda: bool(come()))
+            return min(come())
 
     def ask(self, version: Version) -> None:
-        """Begins to pull `version`. Nothing reaches the parameters yet. Harmless when it was asked for already."""
-        with self._changed:
-            if self._asked is not None and self._asked.version == version and not self._asked.cancelled:
-                return
-        self.cancel()
+        """Begins to pull `version`, instead of another one of its place. Nothing reaches the parameters yet. Harmless when it
+        was asked for already."""
+        if version in self._asked:
+            return
+        for other in [each for each in list(self._asked) if (each - version) % self._num_places == 0]:
+            self._cancel(other)
         self._begin(_Asked(version, self._by_primary(self._chunks)))
 
     def _by_primary(self, chunks: Iterable[ChunkId]) -> dict[Incarnation, set[ChunkId]]:
@@ -105,43 +131,57 @@ class Puller:
 
     def _begin(self, asked: _Asked) -> None:
         with self._changed:
-            self._asked = asked
+            before = self._asked.get(asked.version)
+            self._asked[asked.version] = asked
+        self._end(before)
         for shard in asked.missing:
             threading.Thread(target=self._pull_from, args=(asked, shard), name=f"pull-{shard}", daemon=True).start()
 
     def reroute(self, plan: Plan) -> None:
         """What is still missing is asked of the shards of `plan`, if others have it now."""
         with self._changed:
-            self._plan, asked = plan, self._asked
-            if asked is None or asked.settled:
-                return
-            missing = set().union(*asked.missing.values())
-            again = _Asked(asked.version, self._by_primary(missing), open=asked.open)
-            if again.missing == {shard: chunks for shard, chunks in asked.missing.items() if chunks}:
-                return
-        self.cancel()
-        self._begin(again)
+            self._plan, moved = plan, []
+            for asked in self._asked.values():
+                if asked.settled:
+                    continue
+                missing = set().union(*asked.missing.values())
+                again = _Asked(asked.version, self._by_primary(missing), open=asked.open, refused=asked.refused)
+                if again.missing != {shard: chunks for shard, chunks in asked.missing.items() if chunks}:
+                    moved.append(again)
+        for again in moved:
+            self._begin(again)
 
-    def take(self, version: Version, attempt: Attempt) -> None:
-        """Lets `version` into the parameters and waits until all of it is there.
+    def take(self, version: Version, attempt: Attempt) -> int:
+        """Lets `version` into the parameters and waits until all of it is there. Returns, under ASP, how many turns of its lane
+        were refused before it.
 
         Raises `Superseded`, after which they hold parts of several versions; and `Abandoned`, likewise.
         """
+        for other in [each.version for each in list(self._asked.values()) if each.open and each.version != version]:
+            self._cancel(other)
         self.ask(version)
         with self._changed:
-            assert self._asked is not None
-            self._asked.open = True
+            self._asked[version].open = True
             self._changed.notify_all()
-            attempt.wait(self._changed, lambda: self._asked is not None and self._asked.settled)  # another one, if rerouted
-            now = self._asked.superseded
+            attempt.wait(self._changed, lambda: version in self._asked and self._asked[version].settled)  # another, if rerouted
+            now, refused = self._asked[version].superseded, self._asked[version].refused
         if now is not None:
-            self.cancel()
+            self._cancel(version)
             raise Superseded(now)
+        return refused
 
     def cancel(self) -> None:
         """Ends every call. No thread of theirs touches the parameters once this has returned."""
+        for version in list(self._asked):
+            self._cancel(version)
+
+    def _cancel(self, version: Version) -> None:
         with self._changed:
-            asked, self._asked = self._asked, None
+            asked = self._asked.pop(version, None)
+        self._end(asked)
+
+    def _end(self, asked: _Asked | None) -> None:
+        with self._changed:
             if asked is None:
                 return
             asked.cancelled = True
@@ -174,7 +214,7 @@ class Puller:
             with self._changed:
                 asked.calls[shard] = call
             for response in call:
-                self._note_published(response.header)
+                self._note_published(asked, response.header)
                 with self._changed:
                     self._changed.wait_for(lambda: asked.open or asked.cancelled)
                 if asked.cancelled or arriving.take(response):
@@ -188,11 +228,16 @@ class Puller:
         except (grpc.RpcError, ValueError):  # ValueError: the channel was closed
             return "failed"
 
-    def _note_published(self, header: ps_pb2.PullResponse) -> None:
+    def _note_published(self, asked: _Asked, header: ps_pb2.PullResponse) -> None:
         is_answer = header.outcome in (ps_pb2.PULL_OUTCOME_DATA, ps_pb2.PULL_OUTCOME_SUPERSEDED)
-        if is_answer and header.version > self.published:
-            self.published = Version(header.version)
+        place = header.version % self._num_places
+        if is_answer and header.version > self._newest.get(place, -1):
+            with self._changed:
+                self._newest[place] = Version(header.version)
+                self._changed.notify_all()
             self._on_published()
+        if header.outcome == ps_pb2.PULL_OUTCOME_DATA:
+            asked.refused = header.refused
 
     # ---- for _Arriving -------------------------------------------------------------------------------------------------
 

@@ -19,6 +19,7 @@ from shardlane.errors import MalformedError
 from shardlane.ids import ChunkId, Incarnation, PlanNumber, SiteIndex, Version
 from shardlane.pb import ps_pb2, tensor_pb2
 from shardlane.plan import Plan
+from shardlane.turns import is_before
 from worker_service.attempt import Attempt
 from worker_service.core.events import Key, Outcome, Refusal
 from worker_service.pulls import RETRY_SECONDS, ClientOf
@@ -71,6 +72,7 @@ class Pusher:
         client_of: ClientOf,
         *,
         num_lanes: int,
+        num_places: int = 1,
         budget_bytes: int,
         offer: Callable[[Plan], None],
         on_answers: Callable[[tuple[Refusal, ...]], None],
@@ -78,7 +80,7 @@ class Pusher:
         on_bytes: Callable[[int], None],
     ) -> None:
         self._plan, self._staging, self._client_of = plan, staging, client_of
-        self._num_lanes, self._budget_bytes = num_lanes, budget_bytes
+        self._num_lanes, self._num_places, self._budget_bytes = num_lanes, num_places, budget_bytes
         self._offer, self._on_answers, self._on_fault, self._on_bytes = offer, on_answers, on_fault, on_bytes
         self._changed = threading.Condition()
         self._kept: dict[Key, Contribution] = {}
@@ -124,7 +126,7 @@ class Pusher:
         return self._unsent_bytes
 
     def begin(self, version: Version) -> None:
-        """`version` is published: sums of earlier steps are not needed any more."""
+        """`version` is published: sums of earlier steps, under ASP of the same lane, are not needed any more."""
         with self._changed:
             self._forget(version)
 
@@ -173,7 +175,7 @@ class Pusher:
 
     def _forget(self, before: Version | None) -> None:
         """The sums of steps below `before`; None: all."""
-        gone = {key: each for key, each in self._kept.items() if before is None or key.step < before}
+        gone = {key: each for key, each in self._kept.items() if before is None or is_before(key.step, before, self._num_places)}
         for queue in self._queues.values():
             queue.waiting = {key: None for key in queue.waiting if key not in gone}
         for host in {id(each.host): each.host for each in gone.values()}.values():

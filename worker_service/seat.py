@@ -6,11 +6,9 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import grpc
-import torch
 from torch import Tensor
 
 from shardlane import rpc
@@ -18,21 +16,21 @@ from shardlane.codecs import Codec
 from shardlane.communication import codec_for, nonce_of, pull_dtype
 from shardlane.config import Config
 from shardlane.data import TokenFolder
-from shardlane.errors import UserError
 from shardlane.ids import Incarnation, Lane, MicroBatch, RunId, Version
 from shardlane.lane_compute import held_out_windows, inputs_of, micro_batches_of, targets_of, training_windows
 from shardlane.lanes import Block, lane
 from shardlane.partition import Layout, SiteChunk
 from shardlane.plan import Plan
 from shardlane.top_k import Residuals
+from shardlane.turns import place_of
 from worker_service import inbox as inboxes
 from worker_service.attempt import Attempt
-from worker_service.core.events import Key, Pull, Refusal
+from worker_service.core.events import Await, Key, Pull, Refusal
 from worker_service.core.schedule import Backward, Forward, Weights, schedule
 from worker_service.inbox import ACTIVATION, GRADIENT, STANDING, VALIDATION, Inbox, StepClosed
 from worker_service.instruments import WorkerInstruments
 from worker_service.links import Link, Route
-from worker_service.pulls import SHARD, Puller
+from worker_service.pulls import SHARD, Puller, Superseded
 from worker_service.pushes import Contribution, Pusher
 from worker_service.stage import StageCompute
 from worker_service.staging import Staging
@@ -83,6 +81,7 @@ class Seat:
         self._step = Version(0)  # that is computed
         self._published = Version(0)  # the newest version that is known to be
         self._loaded: Version | None = None  # that the parameters are of; None: not one
+        self._refused = 0  # ASP: turns of the lane that were refused before the one loaded
         self._channels: dict[Incarnation, grpc.Channel] = {}
         self._clients: dict[Incarnation, rpc.Client] = {}
         self._connect_shards()
@@ -112,6 +111,7 @@ class Seat:
             on_fault=around.on_fault,
             on_bytes=around.instruments.pulled_bytes.inc,
             dtype_of=lambda chunk: pull_dtype(around.config.communication, around.layout.tensors[chunk.tensor]),
+            num_places=around.config.train.num_places,
         )
 
     def _make_pusher(self) -> Pusher:
@@ -121,6 +121,7 @@ class Seat:
             around.staging,
             self._client_of,
             num_lanes=around.config.train.lanes,
+            num_places=around.config.train.num_places,
             budget_bytes=around.config.transport.push_queue_bytes,
             offer=around.offer,
             on_answers=around.on_answers,
@@ -160,7 +161,9 @@ class Seat:
         if worker is None:
             return None
         route = Route(around.run_id, around.me, worker, self._plan.addresses[worker], self._formed, shape)
-        return Link(route, around.staging, around.on_broken, lambda: self.published, around.network)
+        return Link(
+            route, around.staging, around.on_broken, lambda: self.published, around.network, around.config.train.num_places
+        )
 
     @property
     def push_queue_bytes(self) -> int:
@@ -186,9 +189,10 @@ class Seat:
             self.compute.keep_before(is_of_the_version_before=self._loaded == pull.version - 1)
         self._loaded = None
         with self._around.instruments.waiting("pull_wait"):
-            self._puller.take(pull.version, attempt)
-        self._loaded = pull.version
-        self._published = pull.published
+            refused = self._take_version(pull.version, attempt)
+        self._loaded, self._refused = pull.version, refused
+        if not self._around.config.train.goes_by_turns:  # of other lanes than this one's it is not true
+            self._published = pull.published
         self._pusher.begin(pull.published)
         self._around.inbox.begin(pull.step, pull.version, pull.published)
         is_ahead = self._around.config.train.staleness and pull.published >= pull.step
@@ -197,6 +201,25 @@ class Seat:
                 link.begin(pull.published)
                 if is_ahead:  # a neighbour may be at work on a step that is closed, and wait for what will never be sent
                     link.send(STANDING, pull.published, 0)
+
+    def _take_version(self, version: Version, attempt: Attempt) -> int:
+        try:
+            return self._puller.take(version, attempt)
+        except Superseded:
+            if self._around.config.train.goes_by_turns:
+                self._around.inbox.skip(version)
+            raise
+
+    def wait_turn(self, wait: Await, attempt: Attempt) -> Version:
+        """The turn that may be taken next. Raises `Abandoned`."""
+        if wait.numbers:
+            with self._around.instruments.waiting("pull_wait"):
+                return self._puller.wait_any(wait.numbers, attempt)
+        num_lanes = self._around.config.train.lanes
+        with self._around.instruments.waiting("bubble"):
+            return self._around.inbox.wait_offer(
+                attempt, lambda number: not wait.only_last or place_of(number, num_lanes)[0] == num_lanes
+            )
 
     @property
     def published(self) -> Version:
@@ -212,7 +235,8 @@ class Seat:
         seen that is gone on without sending the rest.
         """
         self._attempt, self._step, config = attempt, step, self._around.config
-        self._around.instruments.staleness.observe(step - config.train.reads(step))
+        if not config.train.goes_by_turns:  # the shards know it only when a turn is over
+            self._around.instruments.staleness.observe(step - config.train.reads(step))
         with self._around.instruments.computing(), suppress(StepClosed):
             if config.goes_by_lanes:
                 blocks = [lane(each) for block in blocks for each in block.lanes]
@@ -250,7 +274,8 @@ class Seat:
         config, device = self._around.config, self._around.staging.device
         windows = None
         if self._tokens is not None:
-            windows = training_windows(self._tokens.train, config, step=version, micro_batch=micro_batch)
+            batch = place_of(version, config.train.lanes)[1] - self._refused if config.train.goes_by_turns else version
+            windows = training_windows(self._tokens.train, config, step=batch, micro_batch=micro_batch)
         targets = targets_of(windows, device) if windows is not None and self.compute.layers.is_last else None
         if self.compute.layers.is_first:
             assert windows is not None
@@ -276,7 +301,8 @@ class Seat:
 
     def _take(self, kind: int, version: Version, index: int) -> Tensor:
         with self._around.instruments.waiting("bubble"):
-            is_closed = (lambda: self._puller.published > version) if kind != VALIDATION else (lambda: False)
+            can_close = kind != VALIDATION or self._around.config.train.goes_by_turns
+            is_closed = (lambda: self._puller.is_past(version)) if can_close else (lambda: False)
             return self._around.inbox.take(kind, version, index, self._attempt, is_closed)
 
     def validate(self, version: Version, indices: Sequence[int], attempt: Attempt) -> None:
@@ -299,9 +325,17 @@ class Seat:
             if self._below is not None:
                 self._below.send(VALIDATION, version, index, around.staging.to_host(out))
             else:
-                around.report_validation(version, index, out.item(), num_tokens)
+                around.report_validation(self._version_of(version), index, out.item(), num_tokens)
             if item is not None:
                 around.inbox.give(item)
+
+    def _version_of(self, number: Version) -> Version:
+        """Under ASP a validation by turn n of each lane is told of the version where all are at n, if they are equally fast."""
+        train = self._around.config.train
+        if not train.goes_by_turns:
+            return number
+        place, turn = place_of(number, train.lanes)
+        return Version(turn if place == train.lanes else turn * train.lanes)
 
     # ---- gradients -----------------------------------------------------------------------------------------------------
 
@@ -356,23 +390,3 @@ class Seat:
 
     def reopen(self, version: Version, lane: Lane) -> None:
         self._around.inbox.run_again(version, micro_batches_of(lane, self._around.config.train))
-
-
-def memory_of(device: torch.device) -> int:
-    """Bytes of the device, or of this machine that nobody uses at present; 0: not known."""
-    if device.type == "cuda":
-        return int(torch.cuda.get_device_properties(device).total_memory)
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return 0
-    return next((int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:")), 0)
-
-
-def pick_device(name: str) -> torch.device:
-    """`auto` is CUDA where there is one. Raises `UserError`."""
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("there is no CUDA device for --device cuda; give --device cpu or auto")
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name, torch.cuda.current_device()) if name == "cuda" else torch.device(name)

@@ -26,12 +26,14 @@ from shardlane.top_k import Residuals
 from worker_service.attempt import Abandoned, Attempt
 from worker_service.core import events
 from worker_service.core.stepper import Stepper
+from worker_service.core.turns import TurnStepper
+from worker_service.device import memory_of, pick_device
 from worker_service.inbox import Direction, Inbox
 from worker_service.instruments import WorkerInstruments
 from worker_service.links import CALLERS, SERVICE
 from worker_service.pace import Pace
 from worker_service.pulls import Superseded
-from worker_service.seat import Seat, Surroundings, memory_of, pick_device
+from worker_service.seat import Seat, Surroundings
 from worker_service.servicer import WorkerServicer
 from worker_service.staging import Staging
 
@@ -72,7 +74,7 @@ class WorkerService:
         self.metrics = Metrics("worker")
         self.instruments = WorkerInstruments(self.metrics)
         self._staging = Staging(self._device)
-        self.stepper = Stepper(self.me, run.config)
+        self.stepper = (TurnStepper if run.config.train.goes_by_turns else Stepper)(self.me, run.config)
         self._log = logger(role="worker", run=run.run_id, rank=self.me, step=lambda: self.stepper.step, epoch=self._epoch)
         self.inbox = Inbox(
             self.me,
@@ -83,6 +85,7 @@ class WorkerService:
             on_reseated=lambda formed: self._post(events.PeerReseated(formed)),
             on_lane=self._on_lane,
             reads=run.config.train.reads,
+            num_places=run.config.train.num_places,
         )
         pools = {"Transfer": ThreadPoolExecutor(TRANSFERS_MAX, thread_name_prefix="transfer")}
         handler = rpc.handler(SERVICE, WorkerServicer(self.inbox), pools=pools, observer=self.metrics.observer, callers=CALLERS)
@@ -269,6 +272,8 @@ class WorkerService:
         match work:
             case events.Ask():
                 seat.ask(work.version)
+            case events.Await():
+                self._post(events.Offered(work.attempt, seat.wait_turn(work, attempt)))
             case events.Pull():
                 self._pull(seat, work, attempt)
             case events.Validate():

@@ -18,6 +18,7 @@ class Saved:
     requests: int = 0  # REQUEST_* bits that were asked for and have not taken effect
     end_version: Version | None = None  # where a stop took effect
     finished: bool = False
+    done: bool = False  # it is the run's last, which under ASP only a decision tells
     suspending: bool = False  # that stop is one of shards that all leave: the run goes on when others come
 
 

@@ -92,6 +92,7 @@ class CheckpointReport:
     chunks: Mapping[ChunkId, Mapping[str, str]]
     error: str = ""
     timeline: int = 0  # in which the version was made
+    clocks: tuple[int, ...] = ()  # ASP: batches that each lane has learnt from
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +101,7 @@ class CheckpointMark:
 
     version: Version
     digest: str
+    clocks: tuple[int, ...] = ()  # ASP: batches that each lane had learnt from
 
 
 NO_CHECKPOINT = CheckpointMark(Version(0), "")

@@ -204,7 +204,7 @@ class Planner:
         before = () if previous is None or previous.stages != stages else previous.replicas
         return seat(
             workers,
-            present.lane_seconds,
+            {} if config.train.goes_by_turns else present.lane_seconds,  # nobody waits for a lane that lags
             stages=stages,
             num_replicas=cluster.replicas,
             num_lanes=config.train.lanes,
@@ -246,7 +246,7 @@ class Planner:
         return place_chunks(self._sizes, staying, replication=copies, previous=before)
 
     def next_timeline(self, present: Timeline | None, checkpoint: CheckpointMark) -> Timeline:
-        return Timeline(0 if present is None else present.id + 1, checkpoint.version, checkpoint.digest)
+        return Timeline(0 if present is None else present.id + 1, checkpoint.version, checkpoint.digest, checkpoint.clocks)
 
 
 def _lanes(seating: Seating) -> dict[tuple[Incarnation, ...], object]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from coordinator.core.beginning import Beginning, Saved
 from coordinator.core.departures import Departures, all_leave
+from coordinator.core.ending import Ending
 from coordinator.core.events import (
     Announce,
     CheckpointFailed,
@@ -66,9 +67,7 @@ class Run:
         self._term = beginning.term
         self._planner = Planner(config, beginning.run_id)
         self._paused = beginning.saved.paused
-        self._requests = beginning.saved.requests
-        self._requested_at = beginning.version
-        self._end_version = beginning.saved.end_version
+        self._ending = Ending(config.train, beginning.saved, beginning.checkpoint, beginning.version)
         self._departures = Departures(beginning.saved.suspending)
         self._finished = False
         self._looked_seconds = now
@@ -86,13 +85,13 @@ class Run:
 
     @property
     def end_version(self) -> Version:
-        """The version at which this run ends."""
-        return self._end_version if self._end_version is not None else Version(self.config.train.last_step)
+        """The version at which this run ends, as far as is known."""
+        return self._ending.expected(self.version)
 
     @property
     def requests(self) -> int:
         """REQUEST_* bits for the next record to close."""
-        return self._requests
+        return self._ending.requests
 
     @property
     def state(self) -> RunState:
@@ -112,12 +111,14 @@ class Run:
 
     @property
     def saved(self) -> Saved:
-        return Saved(self._paused, self._requests, self._end_version, self._finished, self._departures.is_suspending)
+        ending = self._ending
+        facts = (ending.requests, ending.version, self._finished, ending.is_done, self._departures.is_suspending)
+        return Saved(self._paused, *facts)
 
     @property
     def is_suspended(self) -> bool:
         """All shards leave, and what they held is in a checkpoint."""
-        at = self._end_version
+        at = self._ending.version
         return self._departures.is_suspending and at is not None and min(self.version, self.checkpoint.version) >= at
 
     def may_leave(self, incarnation: Incarnation, now: float) -> bool:
@@ -171,7 +172,7 @@ class Run:
         if member.registration.role == "shard" and self.plan is not None and beat.plan >= self.plan.number:
             for row in self.steps.take(beat.steps, now):
                 effects.append(row)
-                self._take_effect(row.summary.requests, Version(row.summary.step + 1))
+                self._ending.take_effect(row.summary.requests, Version(row.summary.step + 1))
         effects += [*self._commit_ready(), *self._settle()]
         has_news = self.plan is not None and beat.plan == self.plan.number and self._note_copies(beat)
         if member.is_leaving and not was_leaving:
@@ -204,8 +205,7 @@ class Run:
             return None, []  # 14. It is of steps that were made anew, or will be
         if report.error:
             return None, self.on_checkpoint_failed(report.version, f"{report.incarnation}: {report.error}")
-        if report.version > self._requested_at:
-            self._requests &= ~REQUEST_CHECKPOINT
+        self._ending.answered(report.version)
         parts = self.checkpoints.take(report)
         if not parts:
             return None, []
@@ -248,8 +248,7 @@ class Run:
             case Control.RESUME:
                 self._paused = False
             case Control.CHECKPOINT:
-                self._requests |= REQUEST_CHECKPOINT
-                self._requested_at = self.version
+                self._ending.ask(REQUEST_CHECKPOINT, self.version)
             case Control.STOP:
                 self._ask_to_stop()
                 self._departures.is_suspending = False
@@ -279,13 +278,6 @@ class Run:
             return None
         return Refusal(Fault.UNKNOWN_MEMBER, f"{incarnation[:64]} is no member: register again")
 
-    def _take_effect(self, requests: int, version: Version) -> None:
-        if requests & (REQUEST_CHECKPOINT | REQUEST_STOP):
-            self._requests &= ~REQUEST_CHECKPOINT
-        if requests & REQUEST_STOP:
-            self._requests &= ~REQUEST_STOP
-            self._end_version = version
-
     def _note_copies(self, beat: Heartbeat) -> bool:
         """12. Whether a shard has told of learners that it was not known to wait for, or of copies that it has dropped."""
         assert self.plan is not None
@@ -303,15 +295,15 @@ class Run:
 
     def _ask_to_stop(self) -> None:
         """It takes effect with a step, so there must be one."""
-        self._requests |= REQUEST_STOP
+        self._ending.ask(REQUEST_STOP, self.version)
         self._paused = False
 
     def _note_leaving(self, now: float) -> list[Effect]:
         """When all shards leave there is nobody to hand over to: the run stops with a checkpoint until others come."""
-        is_stopping = self.has_ended or self._departures.is_suspending or self._end_version is not None
+        is_stopping = self.has_ended or self._departures.is_suspending or self._ending.version is not None
         if not self._departures.note(self._present(), now) or self.plan is None or is_stopping:
             return []
-        if not self._requests & REQUEST_STOP:
+        if not self.requests & REQUEST_STOP:
             self._departures.is_suspending = True
             self._ask_to_stop()
         return [Note("all shards are leaving: the run stops with a checkpoint until others come")]
@@ -321,7 +313,7 @@ class Run:
         end = self.end_version
         validated = self.validations.is_done(end) or not validates_at(end, self.config)
         is_whole = min(self.version, self.checkpoint.version) >= end and validated
-        is_suspending = self._departures.is_suspending and end < self.config.train.last_step
+        is_suspending = self._departures.is_suspending and not self._ending.is_last(end)
         if self.has_ended or not is_whole or is_suspending:
             return []
         self._finished = True
@@ -367,6 +359,8 @@ class Run:
         who has missed this plan, or is still to take it up, means something else by that, and a lane could be nobody's."""
         if self.plan is None or self.state is not RunState.TRAINING or self.plan.settled_at > self.version:
             return False
+        if self.config.train.goes_by_turns:
+            return False  # no version is anybody's turn before it has come
         seats = [(worker, replica.formed) for replica in self.plan.replicas for worker in replica.workers]
         return all(worker in self.members and self.members.plan(worker) >= formed for worker, formed in seats)
 
@@ -388,12 +382,8 @@ class Run:
         self.validations.rewind(version)
         self.checkpoints.clear()
         self._ready.clear()
-        if self._departures.is_suspending:
-            self._departures.is_suspending, self._end_version = False, None
-            self._requests &= ~REQUEST_STOP
-        if self._end_version is not None and self._end_version > version:
-            self._end_version = None
-            self._requests |= REQUEST_STOP
+        self._ending.rewind(version, is_suspending=self._departures.is_suspending)
+        self._departures.is_suspending = False
         if not lost:
             return []
         return [DropRows(version), Note(f"rolled back to version {version}: {lost} steps are lost", is_warning=True)]

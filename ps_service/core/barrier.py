@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from ps_service.core.messages import Answer, Contribution, Effect, Join, Keep, Outcome
-from shardlane.ids import Lane
 from shardlane.lanes import Block, blocks_of, join_upwards
 from shardlane.tally import Tally
 
@@ -35,19 +34,18 @@ class Barrier:
     def anew(self) -> Barrier:
         return Barrier.fresh(self.num_lanes, len(self.sites))
 
-    @property
-    def complete(self) -> bool:
-        return all(table.counted == (1 << self.num_lanes) - 1 for table in self.sites)
+    def has(self, block: Block) -> bool:
+        """Whether all its lanes are in, at every site."""
+        return all(not block.mask & ~table.counted for table in self.sites)
 
     @property
     def tokens(self) -> int:
         """Every site sees every token once, so the first one's count is the step's."""
         return self.sites[0].tokens
 
-    @property
-    def loss(self) -> float:
-        """The step's loss sum, once complete."""
-        return self.sites[0].losses[Block(Lane(0), self.num_lanes)]
+    def loss(self, block: Block) -> float:
+        """The loss sum of a block that is in."""
+        return self.sites[0].losses[block]
 
     @property
     def tally(self) -> Tally:

@@ -9,8 +9,9 @@ from shardlane import rates
 from shardlane.cadence import checkpoints_at
 from shardlane.config import Config
 from shardlane.ids import ChunkId, Step
-from shardlane.plan import REQUEST_CHECKPOINT, REQUEST_STOP
+from shardlane.plan import DONE, REQUEST_CHECKPOINT, REQUEST_STOP
 from shardlane.tally import Tally
+from shardlane.turns import is_refused
 
 
 def decide(step: Step, records: Sequence[Record], *, config: Config, loss_chunk: ChunkId) -> Decision:
@@ -20,17 +21,27 @@ def decide(step: Step, records: Sequence[Record], *, config: Config, loss_chunk:
     requests = 0
     for record in records:
         requests |= record.requests
-    version = step + 1
+    turn, version, refused = records[0].turn, step + 1, False
+    if turn is None:
+        rate = rates.update_rate(step, config)
+    else:
+        rate = rates.turn_rate(turn, config)
+        refused = is_refused(turn, config.train.staleness_max)
+        version, rest = divmod(turn.clock_sum + 1, config.train.lanes)  # in steps, as settings are
+        version = 0 if refused or rest else version
+        requests |= DONE if version == config.train.last_step else 0
     stop = version == config.train.last_step or bool(requests & REQUEST_STOP)
     return Decision(
         skipped=not clip.finite,
         scale=clip.scale,
         grad_norm=clip.grad_norm,
-        learning_rate=rates.update_rate(step, config),
+        learning_rate=rate,
         tokens=tokens,
         loss=records[loss_chunk].loss / tokens if tokens else 0.0,
         tally=Tally.over([record.tally for record in records]),
         requests=requests,
         checkpoint=stop or bool(requests & REQUEST_CHECKPOINT) or checkpoints_at(version, config),
         stop=stop,
+        turn=turn,
+        refused=refused,
     )

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
-from shardlane.ids import ChunkId, Incarnation, PlanNumber, SiteIndex, Step, Timeline, Version
+from shardlane.ids import ChunkId, Incarnation, Lane, PlanNumber, SiteIndex, Step, Timeline, Version
 from shardlane.lanes import Block
 from shardlane.tally import Tally
+from shardlane.turns import Clocks, Turn
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +23,7 @@ class Record:
     digest: int  # xxh3_64 of the sum's bytes
     tally: Tally  # how often each lane was added in, over the chunk's sites
     requests: int = 0  # REQUEST_* bits
+    turn: Turn | None = None  # under ASP: whose sum it is
 
 
 # ---- between shards ----------------------------------------------------------------------------------------------------
@@ -59,6 +61,7 @@ class Refill:
     closed: Record | None
     previous: tuple[Record, ...]
     num_steps: int = 0  # updates that the optimizer has applied; only shells know it
+    clocks: Clocks = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,10 +143,11 @@ class Join:
 
 @dataclass(frozen=True, slots=True)
 class Close:
-    """Add the sites in order, measure the sum, and tell the core by `on_measured`."""
+    """Add the sums of `block` over the sites, in order; measure that, and tell the core by `on_measured`."""
 
     chunk: ChunkId
     step: Step
+    block: Block
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,24 +173,31 @@ class KeepState:
     chunk: ChunkId
     version: Version
     with_sum: bool
+    clocks: Clocks = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Apply:
-    """One optimizer step on the chunk with its sum times `scale`; with `scale` None the step is skipped. The sum is then free."""
+    """One optimizer step on the chunk with its sum times `scale`; with `scale` None the step is skipped. The sum is then free.
+
+    Under ASP `clocks` are those after it, and `lane` is computed from the parameters as they are now, from now on.
+    """
 
     chunk: ChunkId
     step: Step
     scale: float | None
     learning_rate: float
+    lane: Lane | None = None
+    clocks: Clocks = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Publish:
-    """Pulls of `version` may be answered from now on."""
+    """Pulls of `version`, and of turns that have come by `clocks`, may be answered from now on."""
 
     chunk: ChunkId
     version: Version
+    clocks: Clocks = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -272,3 +283,5 @@ class Decision:
     requests: int  # REQUEST_* bits of any record, to be met at the next version by every shard
     checkpoint: bool  # write the next version
     stop: bool  # the next version is the run's last
+    turn: Turn | None = None  # under ASP
+    refused: bool = False  # it was computed from too old a version: not applied, and its lane computes it anew

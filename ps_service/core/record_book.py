@@ -6,6 +6,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from ps_service.core.messages import Decision, Record
 from shardlane.ids import ChunkId, Incarnation, Step, Version
+from shardlane.turns import Turn
+
+DECIDES = ChunkId(0)
+"""ASP: the chunk whose primary decides the order of the log. Its gradient is the last one of a backward pass."""
 
 Decide = Callable[[Step, Sequence[Record]], Decision]
 
@@ -18,6 +22,7 @@ class RecordBook:
         self.records: dict[Step, dict[ChunkId, Record]] = {}
         self.decided: dict[Step, Decision] = {}
         self.news: set[Step] = set()  # steps that a record was learnt of since the core last looked
+        self.begun: set[Step] = set()  # ASP: steps of which it was learnt whose turn they are, since then
         self._num_chunks = num_chunks
         self._decide = decide
         self._delivered: set[tuple[Incarnation, Step, ChunkId]] = set()
@@ -27,6 +32,7 @@ class RecordBook:
         self.records.clear()
         self.decided.clear()
         self.news.clear()
+        self.begun.clear()
         self._delivered.clear()
 
     def of(self, step: Step) -> dict[ChunkId, Record]:
@@ -52,7 +58,14 @@ class RecordBook:
         if is_news:
             known[record.chunk] = record
             self.news.add(record.step)
+            if record.turn is not None and record.chunk == DECIDES:
+                self.begun.add(record.step)
         return is_news
+
+    def turn(self, step: Step) -> Turn | None:
+        """ASP: whose turn the step is, if that is decided."""
+        record = self.of(step).get(DECIDES)
+        return None if record is None else record.turn
 
     def decision(self, step: Step) -> Decision | None:
         """7. Who holds one record of every chunk of the model decides."""

@@ -10,13 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
 
-from ps_service.core.barrier import Barrier
-from ps_service.core.holdings import Filling, HeldChunk, stays_with
+from ps_service.core.holdings import Filling, HeldChunk, Terms, stays_with
 from ps_service.core.messages import (
     Ack, Alarm, Announce, Answer, Apply, AskInSync, Checkpoint, Close, Compare, Contribution, Decision, DropSums, Effect,
     Envelope, Forget, KeepState, KeepSum, Load, Message, Outcome, Position, Publish, Record, Records, Refill, Replicate, Send,
 )  # fmt: skip
-from ps_service.core.record_book import Decide, RecordBook
+from ps_service.core.record_book import DECIDES, Decide, RecordBook
 from shardlane.errors import StaleError
 from shardlane.ids import ChunkId, Incarnation, Step, Version
 from shardlane.plan import Placement, Plan
@@ -25,22 +24,17 @@ COMPARED_EVERY_STEPS = 16  # each chunk's copies, a part of the chunks at a time
 
 
 class ShardCore:
-    """One shard. `plan` is None until the first one comes."""
+    """One shard. `plan` is None until the first one comes. `decide` gets a step and its records in chunk order."""
 
-    def __init__(
-        self, me: Incarnation, *, num_sites: Sequence[int], num_lanes: int, last_version: int, decide: Decide, staleness: int = 0
-    ) -> None:
-        """`num_sites[c]`: sites of chunk c. `decide` gets the step and its records in chunk order. `staleness`: steps after the
-        open one for which lanes are taken in already."""
+    def __init__(self, me: Incarnation, terms: Terms, *, decide: Decide) -> None:
         self.me = me
         self.plan: Plan | None = None
         self.chunks: dict[ChunkId, HeldChunk] = {}
-        self.book = RecordBook(len(num_sites), decide)
-        self.last_version = self.end_version = last_version  # no step from `end_version` on; a stop brings it forward
+        self.book = RecordBook(len(terms.num_sites), decide)
+        self.end_version = terms.last_version  # no step from it on; a stop brings it forward
         self.diverged: set[ChunkId] = set()  # whose copies here were found wrong under the present plan
         self.requests = 0  # REQUEST_* bits for the next record that closes here
-        self._num_sites, self._num_lanes, self._staleness = num_sites, num_lanes, staleness
-        self._filling = Filling()
+        self._terms, self._filling = terms, Filling()
 
     # ---- what a shell may ask ------------------------------------------------------------------------------------------
 
@@ -68,7 +62,7 @@ class ShardCore:
         if contribution.timeline != self.plan.timeline.id:
             return Answer(Outcome.STALE)
         held = self.chunks[contribution.chunk]
-        return held.judge(contribution, last=min(held.version + self._staleness, self.end_version - 1))
+        return held.judge(contribution, last=min(held.version + self._terms.staleness, self.end_version - 1))
 
     # ---- events --------------------------------------------------------------------------------------------------------
 
@@ -81,19 +75,20 @@ class ShardCore:
         return answer, [*held.count(contribution), *self._close(contribution.chunk)]
 
     def _close(self, chunk: ChunkId) -> list[Effect]:
-        """2. If every lane of the open step is in."""
+        """2. If every lane of the open step is in; under ASP, the lane whose turn it is."""
         held = self.chunks[chunk]
-        if not held.barrier.complete or held.closed or held.measuring or held.version >= self.end_version:
+        if held.closed is not None or held.measuring is not None or held.version >= self.end_version:
             return []
-        held.measuring = True
-        return [Close(chunk, Step(held.version))]
+        held.measuring = held.take_ready(decides=chunk == DECIDES, decided=self.book.turn(Step(held.version)))
+        return [] if held.measuring is None else [Close(chunk, Step(held.closing), held.measuring)]
 
     def on_measured(self, chunk: ChunkId, *, square_norm: float, digest: int) -> list[Effect]:
         """3. The sum has been taken: from now on sum, table and record are one unit."""
         held = self.chunks[chunk]
-        held.measuring = False
-        barrier, step = held.barrier, Step(held.version)
-        held.closed = Record(step, chunk, square_norm, barrier.tokens, barrier.loss, digest, barrier.tally, self.requests)
+        barrier, step, block = held.barrier, Step(held.version), held.measuring
+        assert block is not None
+        figures = (square_norm, barrier.tokens, barrier.loss(block), digest, barrier.tally)
+        held.measuring, held.closed = None, Record(step, chunk, *figures, self.requests, held.turn)
         return [*self._replicate(chunk), *self._settle([chunk])]
 
     def on_plan(self, plan: Plan) -> list[Effect]:
@@ -164,7 +159,8 @@ class ShardCore:
         effects: list[Effect] = [Forget(chunk) for chunk in self.chunks]
         self.chunks.clear()
         self.book.clear()
-        self.end_version, self.requests = self.last_version, 0  # a stop is asked for again, unless others go on with the run
+        # A stop is asked for again, unless others go on with the run.
+        self.end_version, self.requests = self._terms.last_version, 0
         return effects
 
     def _take_role(self, chunk: ChunkId, now: Placement, before: Placement | None) -> list[Effect]:
@@ -178,8 +174,7 @@ class ShardCore:
         if now.primary == self.me and before is not None and before.primary == self.me:
             return []  # what was counted here stays counted
         held.begin()
-        publish = [Publish(chunk, held.version)] if now.primary == self.me else []  # pulls come here from now on
-        return [DropSums(chunk, keep_closed=held.closed is not None), *publish]
+        return [DropSums(chunk, keep_closed=held.closed is not None), *self._publish(chunk)]  # pulls come here from now on
 
     def _checkpoint_taken_over(self, old: Plan | None) -> list[Effect]:
         """Who was primary of a chunk may have died before it wrote the version that was to be checkpointed."""
@@ -190,13 +185,13 @@ class ShardCore:
     def _load(self, plan: Plan, chunks: list[ChunkId], *, begins: bool) -> list[Effect]:
         if not begins:
             return [Alarm(f"plan {plan.number} lists {self.me} in sync for {len(chunks)} chunks that it does not hold")]
-        version = plan.timeline.version
         for chunk in chunks:
-            self.chunks[chunk] = self._hold(chunk, version)
-        return [Load(plan.timeline, tuple(chunks)), *(Publish(chunk, version) for chunk in chunks if self.is_primary(chunk))]
+            self.chunks[chunk] = self._terms.hold(chunk, plan.timeline.version, self._terms.clocks(plan.timeline))
+        return [Load(plan.timeline, tuple(chunks)), *(each for chunk in chunks for each in self._publish(chunk))]
 
-    def _hold(self, chunk: ChunkId, version: Version, closed: Record | None = None) -> HeldChunk:
-        return HeldChunk(version, Barrier.fresh(self._num_lanes, self._num_sites[chunk]), closed=closed)
+    def _publish(self, chunk: ChunkId) -> list[Publish]:
+        held = self.chunks[chunk]
+        return [Publish(chunk, held.version, held.clocks)] if self.is_primary(chunk) else []
 
     # ---- replication ---------------------------------------------------------------------------------------------------
 
@@ -221,7 +216,7 @@ class ShardCore:
         assert self.plan is not None
         held, learner = self.chunks[chunk], self.plan.placements[chunk].learner
         assert learner is not None
-        return self._send(learner, Refill(chunk, held.version, held.closed, self.book.before(held.version)))
+        return self._send(learner, Refill(chunk, held.version, held.closed, self.book.before(held.version), clocks=held.clocks))
 
     def _on_replicate(self, sender: Incarnation, message: Replicate) -> list[Effect]:
         """5. The same epoch only. Applies the step before to every chunk held, then keeps the sum and acknowledges it."""
@@ -278,8 +273,8 @@ class ShardCore:
         held = self.chunks.get(chunk)
         effects: list[Effect] = []
         if held is None or (held.version, held.closed is not None) < (message.version, message.closed is not None):
-            self.chunks[chunk] = self._hold(chunk, message.version, message.closed)
-            effects.append(KeepState(chunk, message.version, with_sum=message.closed is not None))
+            self.chunks[chunk] = self._terms.hold(chunk, message.version, message.clocks, message.closed)
+            effects.append(KeepState(chunk, message.version, message.closed is not None, message.clocks))
         return effects + self._learn(message.previous, [chunk]) + self._tell_position(chunk)
 
     def _tell_position(self, chunk: ChunkId) -> list[Effect]:
@@ -326,6 +321,9 @@ class ShardCore:
         or to all where the event brought the decision. So an event costs the same however many chunks there are."""
         effects = self._report_closed(touched)
         news, self.book.news = self.book.news, set()
+        if self.book.begun:
+            begun, self.book.begun = self.book.begun, set()
+            effects += [each for chunk, held in self.chunks.items() if Step(held.version) in begun for each in self._close(chunk)]
         for step in sorted({*news, *(Step(self.chunks[chunk].version) for chunk in touched if chunk in self.chunks)}):
             effects += self._apply_decided(step, self.chunks if step in news else touched)
         return effects
@@ -372,10 +370,12 @@ class ShardCore:
 
     def _apply(self, chunk: ChunkId, held: HeldChunk, decision: Decision) -> list[Effect]:
         step = Step(held.version)
-        scale = None if decision.skipped else decision.scale
-        held.advance()
-        publish = [Publish(chunk, held.version)] if self.is_primary(chunk) else []
-        effects: list[Effect] = [Apply(chunk, step, scale, decision.learning_rate), *publish]
+        scale = None if decision.skipped or decision.refused else decision.scale
+        held.advance(refused=decision.refused)
+        effects: list[Effect] = [
+            Apply(chunk, step, scale, decision.learning_rate, self._terms.lane(decision), held.clocks),
+            *self._publish(chunk),
+        ]
         asks, held.early = held.early, None
         effects += [self._send(asks, Position(chunk, held.version, closed=False))] if asks else []
         return effects + self._tell_position(chunk)

@@ -139,7 +139,7 @@ def trouble(config: Config, folder: RunFolder, schedule: Schedule, seconds: floa
         drill = Drill(schedule, watch, injector, seconds=seconds)
         arrange = injector.behind_relays if Kind.HALF_OPEN in schedule.kinds else lambda commands: commands
         began = time.monotonic()
-        with choose_view(every_steps=config.log.every_steps, last_step=config.train.last_step) as view:
+        with choose_view(every_steps=config.log.every_steps, last_step=config.train.last_version) as view:
             open_data(config, folder, view.note)
             config = resolve(config, folder)
             with watch, relays:
@@ -157,18 +157,21 @@ def compare(config: Config, folder: RunFolder, report: Report) -> None:
     """Trains the reference to the run's last version, and notes both digests."""
     from shardlane.cli.live import choose_view
     from shardlane.cli.local import open_data
-    from shardlane.cli.reference import train
+    from shardlane.cli.reference import order_of, train
     from shardlane.cli.run_folder import RunFolder
     from shardlane.digest import checkpoint_digest
 
     report.version, checkpoint = folder.checkpoint(config)
     report.digest = checkpoint_digest(checkpoint)
     oracle = RunFolder(folder.path / "reference")
-    config = config.with_changes({"train.stop_at_step": report.version, "checkpoint.path": ""})
+    order, stop_at_step = None, int(report.version)
+    if config.train.goes_by_turns:
+        order, stop_at_step = order_of(config, folder.ledger_file, report.version), 0
+    config = config.with_changes({"train.stop_at_step": stop_at_step, "checkpoint.path": ""})
     with oracle.lock(), choose_view(every_steps=config.log.every_steps, last_step=report.version) as view:
-        view.note(f"the reference trains to step {report.version} in one process")
+        view.note(f"the reference trains to version {report.version} in one process")
         if oracle.newest_version(config) != report.version:
-            train(config, oracle, open_data(config, oracle, view.note), view, fork=False)
+            train(config, oracle, open_data(config, oracle, view.note), view, fork=False, order=order)
     version, checkpoint = oracle.checkpoint(config)
     if version == report.version:  # else it was interrupted
         report.reference_digest = checkpoint_digest(checkpoint)

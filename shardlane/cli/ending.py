@@ -25,11 +25,12 @@ def print_ending(config: Config, folder: RunFolder, *, sample: bool) -> None:
         print("no checkpoint yet")
         return
     version, checkpoint = folder.checkpoint(config)
-    is_done = version >= config.train.max_steps
+    manifest = read_complete(checkpoint)
+    is_done = manifest.num_steps >= config.train.max_steps
     print()
-    _say("steps", f"{version} of {config.train.max_steps}{_losses(folder)}")
+    _say("steps", f"{manifest.num_steps} of {config.train.max_steps}{_losses(folder)}")
     _say("checkpoint", str(checkpoint))
-    num_bytes = sum(part.num_bytes for part in read_complete(checkpoint).parts)
+    num_bytes = sum(part.num_bytes for part in manifest.parts)
     if num_bytes > (DIGEST_BYTES_MAX if isinstance(checkpoint, Path) else FETCHED_BYTES_MAX):
         _say("digest", f"shardlane digest {folder.path}  (reads {num_bytes / 1e9:.0f} GB)")
     else:

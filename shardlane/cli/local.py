@@ -65,10 +65,10 @@ def train(config: Config, folder: RunFolder, *, fork: bool, with_sample: bool) -
 
     with folder.lock():
         if not fork and is_finished(config, folder):
-            print(f"{folder.path} is finished: version {config.train.last_step} is there; raise train.max_steps, or --fork-run")
+            print(f"{folder.path} is finished: step {config.train.last_step} is done; raise train.max_steps, or --fork-run")
             print_ending(config, folder, sample=with_sample)
             return 0
-        with choose_view(every_steps=config.log.every_steps, last_step=config.train.last_step) as view:
+        with choose_view(every_steps=config.log.every_steps, last_step=config.train.last_version) as view:
             open_data(config, folder, view.note)
             resolved = resolve(config, folder)
             status, complaint = run_cluster(resolved, folder, view, fork=fork)
@@ -133,4 +133,4 @@ def is_finished(config: Config, folder: RunFolder) -> bool:
     if checkpoint is None or config.checkpoint.resume == "never":
         return False
     manifest = read_manifest(checkpoint)
-    return manifest.version >= config.train.last_step and manifest.mathematics_hash == config.mathematics_hash()
+    return manifest.num_steps >= config.train.last_step and manifest.mathematics_hash == config.mathematics_hash()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from shardlane.cli.run_folder import RunFolder
     from shardlane.config import Config
     from shardlane.data import TokenFolder
+    from shardlane.turn_table import Order
 
 EPILOG = """[bold]Example[/bold]: one truth
 
@@ -27,11 +29,19 @@ def register(app: typer.Typer) -> None:
     app.command("reference", cls=ConfigCommand, epilog=EPILOG)(reference)
 
 
-def reference(context: typer.Context, config_file: ConfigFile, run_dir: RunDir, fork_run: ForkRun = False) -> None:
+LedgerOption = Annotated[
+    Path | None,
+    typer.Option("--ledger", help="Under ASP: RUN_DIR/ledger.jsonl of a cluster's run; lanes take turns as they did there."),
+]
+
+
+def reference(
+    context: typer.Context, config_file: ConfigFile, run_dir: RunDir, fork_run: ForkRun = False, ledger: LedgerOption = None
+) -> None:
     """Train in this one process, without services: the oracle that every cluster must agree with, bit for bit.
 
     Writes the same folder as `local`, and either goes on where the other has stopped. Ctrl-C once stops after the present step
-    with a checkpoint.
+    with a checkpoint. Under ASP the weights depend on the order in which lanes were ready; `--ledger` repeats it.
     """
     from shardlane.cli.ending import print_ending
     from shardlane.cli.live import choose_view
@@ -46,14 +56,35 @@ def reference(context: typer.Context, config_file: ConfigFile, run_dir: RunDir, 
         if not fork_run and is_finished(config, folder):
             print(f"{run_dir} is finished: version {config.train.last_step} is there")
         else:
-            with choose_view(every_steps=config.log.every_steps, last_step=config.train.last_step) as view:
+            with choose_view(every_steps=config.log.every_steps, last_step=config.train.last_version) as view:
                 tokens = open_data(config, folder, view.note)
                 config = resolve(config, folder)
-                train(config, folder, tokens, view, fork=fork_run)
+                order = order_of(config, ledger) if ledger is not None else None
+                train(config, folder, tokens, view, fork=fork_run, order=order)
         print_ending(config, folder, sample=False)
 
 
-def train(config: Config, folder: RunFolder, tokens: TokenFolder, view: View, *, fork: bool) -> None:
+def order_of(config: Config, ledger: Path, end: int | None = None) -> Order:
+    """Under ASP, whose turn it was in a run, by its ledger, up to version `end`. Raises `UserError`."""
+    from shardlane.errors import UserError
+    from shardlane.ledger import Expected, judge
+    from shardlane.turn_table import Order
+
+    if not config.train.goes_by_turns:
+        raise UserError(f"{ledger} tells nothing of a run under {config.train.consistency}: only asp has an order to repeat")
+    try:
+        with ledger.open("rb") as lines:
+            account = judge(lines, Expected.of(config))
+    except OSError as error:
+        raise UserError(f"cannot read {ledger}: {error.strerror}") from error
+    lanes = [each for each in account.lanes if each is not None]
+    if account.faults or account.first_step:
+        fault = account.faults[0] if account.faults else f"it begins at version {account.first_step}"
+        raise UserError(f"{ledger} tells of no run that could be repeated: {fault}")
+    return Order(lanes[:end], frozenset(account.restarts - {0}))
+
+
+def train(config: Config, folder: RunFolder, tokens: TokenFolder, view: View, *, fork: bool, order: Order | None = None) -> None:
     """From the folder's newest checkpoint to the end, or to the first Ctrl-C. `prepare_process` comes before."""
     from shardlane import logs
     from shardlane.cli.rows import RowsFile
@@ -63,7 +94,7 @@ def train(config: Config, folder: RunFolder, tokens: TokenFolder, view: View, *,
     from shardlane.reference import Reference
 
     logs.configure(config.log, folder.logs / "reference.log", to_stderr=False, run=config.run_name, role="reference", rank=0)
-    trainer = Reference(config, tokens)
+    trainer = Reference(config, tokens, order=order)
     root = folder.checkpoints(config)
     if (newest := newest_complete(root)) is not None:
         if config.checkpoint.resume == "never":

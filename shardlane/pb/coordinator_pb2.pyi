@@ -271,7 +271,7 @@ class ChunkChecksums(_message.Message):
     def __init__(self, chunk: _Optional[int] = ..., checksums: _Optional[_Mapping[str, str]] = ...) -> None: ...
 
 class ReportCheckpointRequest(_message.Message):
-    __slots__ = ("incarnation", "version", "optimizer_step", "file", "num_bytes", "chunks", "error", "timeline")
+    __slots__ = ("incarnation", "version", "optimizer_step", "file", "num_bytes", "chunks", "error", "timeline", "clocks")
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     OPTIMIZER_STEP_FIELD_NUMBER: _ClassVar[int]
@@ -280,6 +280,7 @@ class ReportCheckpointRequest(_message.Message):
     CHUNKS_FIELD_NUMBER: _ClassVar[int]
     ERROR_FIELD_NUMBER: _ClassVar[int]
     TIMELINE_FIELD_NUMBER: _ClassVar[int]
+    CLOCKS_FIELD_NUMBER: _ClassVar[int]
     incarnation: str
     version: int
     optimizer_step: int
@@ -288,7 +289,8 @@ class ReportCheckpointRequest(_message.Message):
     chunks: _containers.RepeatedCompositeFieldContainer[ChunkChecksums]
     error: str
     timeline: int
-    def __init__(self, incarnation: _Optional[str] = ..., version: _Optional[int] = ..., optimizer_step: _Optional[int] = ..., file: _Optional[str] = ..., num_bytes: _Optional[int] = ..., chunks: _Optional[_Iterable[_Union[ChunkChecksums, _Mapping]]] = ..., error: _Optional[str] = ..., timeline: _Optional[int] = ...) -> None: ...
+    clocks: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, incarnation: _Optional[str] = ..., version: _Optional[int] = ..., optimizer_step: _Optional[int] = ..., file: _Optional[str] = ..., num_bytes: _Optional[int] = ..., chunks: _Optional[_Iterable[_Union[ChunkChecksums, _Mapping]]] = ..., error: _Optional[str] = ..., timeline: _Optional[int] = ..., clocks: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class ReportCheckpointResponse(_message.Message):
     __slots__ = ()

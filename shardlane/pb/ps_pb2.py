@@ -26,19 +26,19 @@ from shardlane.pb import coordinator_pb2 as shardlane_dot_pb_dot_coordinator__pb
 from shardlane.pb import tensor_pb2 as shardlane_dot_pb_dot_tensor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15shardlane/pb/ps.proto\x12\x0fshardlane.ps.v1\x1a\x1eshardlane/pb/coordinator.proto\x1a\x19shardlane/pb/tensor.proto\"\x86\x02\n\x0bPushRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x10\n\x08timeline\x18\x02 \x01(\r\x12\x0c\n\x04step\x18\x03 \x01(\x04\x12)\n\x05\x62lock\x18\x04 \x01(\x0b\x32\x1a.shardlane.tensor.v1.Block\x12\x0c\n\x04site\x18\x05 \x01(\r\x12\r\n\x05\x63hunk\x18\x06 \x01(\r\x12\x0e\n\x06tokens\x18\x07 \x01(\x04\x12\x0c\n\x04loss\x18\x08 \x01(\x01\x12)\n\x05slice\x18\t \x01(\x0b\x32\x1a.shardlane.tensor.v1.Slice\x12%\n\x05\x63odec\x18\n \x01(\x0e\x32\x16.shardlane.ps.v1.Codec\x12\x0f\n\x07payload\x18\x0f \x01(\x0c\"\xbe\x01\n\nPushAnswer\x12\r\n\x05\x63hunk\x18\x01 \x01(\r\x12\x0c\n\x04site\x18\x02 \x01(\r\x12)\n\x05\x62lock\x18\x03 \x01(\x0b\x32\x1a.shardlane.tensor.v1.Block\x12-\n\x07outcome\x18\x04 \x01(\x0e\x32\x1c.shardlane.ps.v1.PushOutcome\x12+\n\x07missing\x18\x05 \x03(\x0b\x32\x1a.shardlane.tensor.v1.Block\x12\x0c\n\x04step\x18\x06 \x01(\x04\"\x96\x01\n\x0cPushResponse\x12\x13\n\x0bnum_counted\x18\x01 \x01(\r\x12\x15\n\rnum_duplicate\x18\x02 \x01(\r\x12,\n\x07refused\x18\x03 \x03(\x0b\x32\x1b.shardlane.ps.v1.PushAnswer\x12,\n\x04plan\x18\x04 \x01(\x0b\x32\x1e.shardlane.coordinator.v1.Plan\"P\n\x0bPullRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x10\n\x08timeline\x18\x02 \x01(\r\x12\x0f\n\x07version\x18\x03 \x01(\x04\x12\x0e\n\x06\x63hunks\x18\x04 \x03(\r\"\xc7\x01\n\x0cPullResponse\x12\r\n\x05\x63hunk\x18\x01 \x01(\r\x12\x0f\n\x07version\x18\x02 \x01(\x04\x12-\n\x07outcome\x18\x03 \x01(\x0e\x32\x1c.shardlane.ps.v1.PullOutcome\x12)\n\x05slice\x18\x04 \x01(\x0b\x32\x1a.shardlane.tensor.v1.Slice\x12,\n\x04plan\x18\x05 \x01(\x0b\x32\x1e.shardlane.coordinator.v1.Plan\x12\x0f\n\x07payload\x18\x0f \x01(\x0c\"\xa5\x01\n\x06Record\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12\r\n\x05\x63hunk\x18\x02 \x01(\r\x12\x13\n\x0bsquare_norm\x18\x03 \x01(\x01\x12\x0e\n\x06tokens\x18\x04 \x01(\x04\x12\x0c\n\x04loss\x18\x05 \x01(\x01\x12\x0e\n\x06\x64igest\x18\x06 \x01(\x06\x12\x10\n\x08requests\x18\x07 \x01(\r\x12)\n\x05tally\x18\x08 \x01(\x0b\x32\x1a.shardlane.tensor.v1.Tally\"z\n\tReplicate\x12\'\n\x06record\x18\x01 \x01(\x0b\x32\x17.shardlane.ps.v1.Record\x12)\n\x08previous\x18\x02 \x03(\x0b\x32\x17.shardlane.ps.v1.Record\x12\x19\n\x11parameters_digest\x18\x03 \x01(\x06\"#\n\x03\x41\x63k\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12\x0e\n\x06\x63hunks\x18\x02 \x03(\r\"3\n\x07Records\x12(\n\x07records\x18\x01 \x03(\x0b\x32\x17.shardlane.ps.v1.Record\"\x94\x01\n\x06Refill\x12\r\n\x05\x63hunk\x18\x01 \x01(\r\x12\x0f\n\x07version\x18\x02 \x01(\x04\x12\x16\n\x0eoptimizer_step\x18\x03 \x01(\x04\x12\'\n\x06\x63losed\x18\x04 \x01(\x0b\x32\x17.shardlane.ps.v1.Record\x12)\n\x08previous\x18\x05 \x03(\x0b\x32\x17.shardlane.ps.v1.Record\":\n\x08Position\x12\r\n\x05\x63hunk\x18\x01 \x01(\r\x12\x0f\n\x07version\x18\x02 \x01(\x04\x12\x0e\n\x06\x63losed\x18\x03 \x01(\x08\"\xa4\x03\n\x0e\x44\x65liverRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x0e\n\x06sender\x18\x02 \x01(\t\x12\x10\n\x08receiver\x18\x03 \x01(\t\x12-\n\x04plan\x18\x04 \x01(\x0b\x32\x1f.shardlane.tensor.v1.PlanNumber\x12\x10\n\x08timeline\x18\x05 \x01(\r\x12/\n\treplicate\x18\x06 \x01(\x0b\x32\x1a.shardlane.ps.v1.ReplicateH\x00\x12#\n\x03\x61\x63k\x18\x07 \x01(\x0b\x32\x14.shardlane.ps.v1.AckH\x00\x12+\n\x07records\x18\x08 \x01(\x0b\x32\x18.shardlane.ps.v1.RecordsH\x00\x12)\n\x06refill\x18\t \x01(\x0b\x32\x17.shardlane.ps.v1.RefillH\x00\x12-\n\x08position\x18\n \x01(\x0b\x32\x19.shardlane.ps.v1.PositionH\x00\x12)\n\x05slice\x18\x0e \x01(\x0b\x32\x1a.shardlane.tensor.v1.Slice\x12\x0f\n\x07payload\x18\x0f \x01(\x0c\x42\x06\n\x04\x62ody\"?\n\x0f\x44\x65liverResponse\x12,\n\x04plan\x18\x01 \x01(\x0b\x32\x1e.shardlane.coordinator.v1.Plan*\xa3\x01\n\x05\x43odec\x12\x15\n\x11\x43ODEC_UNSPECIFIED\x10\x00\x12\x0e\n\nCODEC_BF16\x10\x01\x12\x0e\n\nCODEC_FP16\x10\x02\x12\x0e\n\nCODEC_INT8\x10\x03\x12\x19\n\x15\x43ODEC_INT8_STOCHASTIC\x10\x04\x12\x0f\n\x0b\x43ODEC_TOP_K\x10\x06\x12\x14\n\x10\x43ODEC_TOP_K_INT8\x10\x07\x12\x11\n\rCODEC_TOUCHED\x10\x05*\xca\x01\n\x0bPushOutcome\x12\x1c\n\x18PUSH_OUTCOME_UNSPECIFIED\x10\x00\x12\x18\n\x14PUSH_OUTCOME_COUNTED\x10\x01\x12\x1a\n\x16PUSH_OUTCOME_DUPLICATE\x10\x02\x12\x19\n\x15PUSH_OUTCOME_OVERLAPS\x10\x03\x12\x18\n\x14PUSH_OUTCOME_NOT_YET\x10\x04\x12\x1a\n\x16PUSH_OUTCOME_NOT_OWNER\x10\x05\x12\x16\n\x12PUSH_OUTCOME_STALE\x10\x06*\x93\x01\n\x0bPullOutcome\x12\x1c\n\x18PULL_OUTCOME_UNSPECIFIED\x10\x00\x12\x15\n\x11PULL_OUTCOME_DATA\x10\x01\x12\x1b\n\x17PULL_OUTCOME_SUPERSEDED\x10\x02\x12\x1a\n\x16PULL_OUTCOME_NOT_OWNER\x10\x03\x12\x16\n\x12PULL_OUTCOME_STALE\x10\x04\x32\xee\x01\n\x0eParameterShard\x12\x45\n\x04Push\x12\x1c.shardlane.ps.v1.PushRequest\x1a\x1d.shardlane.ps.v1.PushResponse(\x01\x12\x45\n\x04Pull\x12\x1c.shardlane.ps.v1.PullRequest\x1a\x1d.shardlane.ps.v1.PullResponse0\x01\x12N\n\x07\x44\x65liver\x12\x1f.shardlane.ps.v1.DeliverRequest\x1a .shardlane.ps.v1.DeliverResponse(\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15shardlane/pb/ps.proto\x12\x0fshardlane.ps.v1\x1a\x1eshardlane/pb/coordinator.proto\x1a\x19shardlane/pb/tensor.proto\"\x86\x02\n\x0bPushRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x10\n\x08timeline\x18\x02 \x01(\r\x12\x0c\n\x04step\x18\x03 \x01(\x04\x12)\n\x05\x62lock\x18\x04 \x01(\x0b\x32\x1a.shardlane.tensor.v1.Block\x12\x0c\n\x04site\x18\x05 \x01(\r\x12\r\n\x05\x63hunk\x18\x06 \x01(\r\x12\x0e\n\x06tokens\x18\x07 \x01(\x04\x12\x0c\n\x04loss\x18\x08 \x01(\x01\x12)\n\x05slice\x18\t \x01(\x0b\x32\x1a.shardlane.tensor.v1.Slice\x12%\n\x05\x63odec\x18\n \x01(\x0e\x32\x16.shardlane.ps.v1.Codec\x12\x0f\n\x07payload\x18\x0f \x01(\x0c\"\xbe\x01\n\nPushAnswer\x12\r\n\x05\x63hunk\x18\x01 \x01(\r\x12\x0c\n\x04site\x18\x02 \x01(\r\x12)\n\x05\x62lock\x18\x03 \x01(\x0b\x32\x1a.shardlane.tensor.v1.Block\x12-\n\x07outcome\x18\x04 \x01(\x0e\x32\x1c.shardlane.ps.v1.PushOutcome\x12+\n\x07missing\x18\x05 \x03(\x0b\x32\x1a.shardlane.tensor.v1.Block\x12\x0c\n\x04step\x18\x06 \x01(\x04\"\x96\x01\n\x0cPushResponse\x12\x13\n\x0bnum_counted\x18\x01 \x01(\r\x12\x15\n\rnum_duplicate\x18\x02 \x01(\r\x12,\n\x07refused\x18\x03 \x03(\x0b\x32\x1b.shardlane.ps.v1.PushAnswer\x12,\n\x04plan\x18\x04 \x01(\x0b\x32\x1e.shardlane.coordinator.v1.Plan\"P\n\x0bPullRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x10\n\x08timeline\x18\x02 \x01(\r\x12\x0f\n\x07version\x18\x03 \x01(\x04\x12\x0e\n\x06\x63hunks\x18\x04 \x03(\r\"\xd8\x01\n\x0cPullResponse\x12\r\n\x05\x63hunk\x18\x01 \x01(\r\x12\x0f\n\x07version\x18\x02 \x01(\x04\x12-\n\x07outcome\x18\x03 \x01(\x0e\x32\x1c.shardlane.ps.v1.PullOutcome\x12)\n\x05slice\x18\x04 \x01(\x0b\x32\x1a.shardlane.tensor.v1.Slice\x12,\n\x04plan\x18\x05 \x01(\x0b\x32\x1e.shardlane.coordinator.v1.Plan\x12\x0f\n\x07refused\x18\x06 \x01(\x04\x12\x0f\n\x07payload\x18\x0f \x01(\x0c\"\xca\x01\n\x06Record\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12\r\n\x05\x63hunk\x18\x02 \x01(\r\x12\x13\n\x0bsquare_norm\x18\x03 \x01(\x01\x12\x0e\n\x06tokens\x18\x04 \x01(\x04\x12\x0c\n\x04loss\x18\x05 \x01(\x01\x12\x0e\n\x06\x64igest\x18\x06 \x01(\x06\x12\x10\n\x08requests\x18\x07 \x01(\r\x12)\n\x05tally\x18\x08 \x01(\x0b\x32\x1a.shardlane.tensor.v1.Tally\x12#\n\x04turn\x18\t \x01(\x0b\x32\x15.shardlane.ps.v1.Turn\"<\n\x04Turn\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12\x11\n\tstaleness\x18\x02 \x01(\x04\x12\x11\n\tclock_sum\x18\x03 \x01(\x04\"9\n\tLaneClock\x12\r\n\x05taken\x18\x01 \x01(\x04\x12\x0f\n\x07refused\x18\x02 \x01(\x04\x12\x0c\n\x04read\x18\x03 \x01(\x04\"z\n\tReplicate\x12\'\n\x06record\x18\x01 \x01(\x0b\x32\x17.shardlane.ps.v1.Record\x12)\n\x08previous\x18\x02 \x03(\x0b\x32\x17.shardlane.ps.v1.Record\x12\x19\n\x11parameters_digest\x18\x03 \x01(\x06\"#\n\x03\x41\x63k\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12\x0e\n\x06\x63hunks\x18\x02 \x03(\r\"3\n\x07Records\x12(\n\x07records\x18\x01 \x03(\x0b\x32\x17.shardlane.ps.v1.Record\"\xc0\x01\n\x06Refill\x12\r\n\x05\x63hunk\x18\x01 \x01(\r\x12\x0f\n\x07version\x18\x02 \x01(\x04\x12\x16\n\x0eoptimizer_step\x18\x03 \x01(\x04\x12\'\n\x06\x63losed\x18\x04 \x01(\x0b\x32\x17.shardlane.ps.v1.Record\x12)\n\x08previous\x18\x05 \x03(\x0b\x32\x17.shardlane.ps.v1.Record\x12*\n\x06\x63locks\x18\x06 \x03(\x0b\x32\x1a.shardlane.ps.v1.LaneClock\":\n\x08Position\x12\r\n\x05\x63hunk\x18\x01 \x01(\r\x12\x0f\n\x07version\x18\x02 \x01(\x04\x12\x0e\n\x06\x63losed\x18\x03 \x01(\x08\"\xa4\x03\n\x0e\x44\x65liverRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x0e\n\x06sender\x18\x02 \x01(\t\x12\x10\n\x08receiver\x18\x03 \x01(\t\x12-\n\x04plan\x18\x04 \x01(\x0b\x32\x1f.shardlane.tensor.v1.PlanNumber\x12\x10\n\x08timeline\x18\x05 \x01(\r\x12/\n\treplicate\x18\x06 \x01(\x0b\x32\x1a.shardlane.ps.v1.ReplicateH\x00\x12#\n\x03\x61\x63k\x18\x07 \x01(\x0b\x32\x14.shardlane.ps.v1.AckH\x00\x12+\n\x07records\x18\x08 \x01(\x0b\x32\x18.shardlane.ps.v1.RecordsH\x00\x12)\n\x06refill\x18\t \x01(\x0b\x32\x17.shardlane.ps.v1.RefillH\x00\x12-\n\x08position\x18\n \x01(\x0b\x32\x19.shardlane.ps.v1.PositionH\x00\x12)\n\x05slice\x18\x0e \x01(\x0b\x32\x1a.shardlane.tensor.v1.Slice\x12\x0f\n\x07payload\x18\x0f \x01(\x0c\x42\x06\n\x04\x62ody\"?\n\x0f\x44\x65liverResponse\x12,\n\x04plan\x18\x01 \x01(\x0b\x32\x1e.shardlane.coordinator.v1.Plan*\xa3\x01\n\x05\x43odec\x12\x15\n\x11\x43ODEC_UNSPECIFIED\x10\x00\x12\x0e\n\nCODEC_BF16\x10\x01\x12\x0e\n\nCODEC_FP16\x10\x02\x12\x0e\n\nCODEC_INT8\x10\x03\x12\x19\n\x15\x43ODEC_INT8_STOCHASTIC\x10\x04\x12\x0f\n\x0b\x43ODEC_TOP_K\x10\x06\x12\x14\n\x10\x43ODEC_TOP_K_INT8\x10\x07\x12\x11\n\rCODEC_TOUCHED\x10\x05*\xca\x01\n\x0bPushOutcome\x12\x1c\n\x18PUSH_OUTCOME_UNSPECIFIED\x10\x00\x12\x18\n\x14PUSH_OUTCOME_COUNTED\x10\x01\x12\x1a\n\x16PUSH_OUTCOME_DUPLICATE\x10\x02\x12\x19\n\x15PUSH_OUTCOME_OVERLAPS\x10\x03\x12\x18\n\x14PUSH_OUTCOME_NOT_YET\x10\x04\x12\x1a\n\x16PUSH_OUTCOME_NOT_OWNER\x10\x05\x12\x16\n\x12PUSH_OUTCOME_STALE\x10\x06*\x93\x01\n\x0bPullOutcome\x12\x1c\n\x18PULL_OUTCOME_UNSPECIFIED\x10\x00\x12\x15\n\x11PULL_OUTCOME_DATA\x10\x01\x12\x1b\n\x17PULL_OUTCOME_SUPERSEDED\x10\x02\x12\x1a\n\x16PULL_OUTCOME_NOT_OWNER\x10\x03\x12\x16\n\x12PULL_OUTCOME_STALE\x10\x04\x32\xee\x01\n\x0eParameterShard\x12\x45\n\x04Push\x12\x1c.shardlane.ps.v1.PushRequest\x1a\x1d.shardlane.ps.v1.PushResponse(\x01\x12\x45\n\x04Pull\x12\x1c.shardlane.ps.v1.PullRequest\x1a\x1d.shardlane.ps.v1.PullResponse0\x01\x12N\n\x07\x44\x65liver\x12\x1f.shardlane.ps.v1.DeliverRequest\x1a .shardlane.ps.v1.DeliverResponse(\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'shardlane.pb.ps_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_CODEC']._serialized_start=2078
-  _globals['_CODEC']._serialized_end=2241
-  _globals['_PUSHOUTCOME']._serialized_start=2244
-  _globals['_PUSHOUTCOME']._serialized_end=2446
-  _globals['_PULLOUTCOME']._serialized_start=2449
-  _globals['_PULLOUTCOME']._serialized_end=2596
+  _globals['_CODEC']._serialized_start=2297
+  _globals['_CODEC']._serialized_end=2460
+  _globals['_PUSHOUTCOME']._serialized_start=2463
+  _globals['_PUSHOUTCOME']._serialized_end=2665
+  _globals['_PULLOUTCOME']._serialized_start=2668
+  _globals['_PULLOUTCOME']._serialized_end=2815
   _globals['_PUSHREQUEST']._serialized_start=102
   _globals['_PUSHREQUEST']._serialized_end=364
   _globals['_PUSHANSWER']._serialized_start=367
@@ -48,23 +48,27 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_PULLREQUEST']._serialized_start=712
   _globals['_PULLREQUEST']._serialized_end=792
   _globals['_PULLRESPONSE']._serialized_start=795
-  _globals['_PULLRESPONSE']._serialized_end=994
-  _globals['_RECORD']._serialized_start=997
-  _globals['_RECORD']._serialized_end=1162
-  _globals['_REPLICATE']._serialized_start=1164
-  _globals['_REPLICATE']._serialized_end=1286
-  _globals['_ACK']._serialized_start=1288
-  _globals['_ACK']._serialized_end=1323
-  _globals['_RECORDS']._serialized_start=1325
-  _globals['_RECORDS']._serialized_end=1376
-  _globals['_REFILL']._serialized_start=1379
-  _globals['_REFILL']._serialized_end=1527
-  _globals['_POSITION']._serialized_start=1529
-  _globals['_POSITION']._serialized_end=1587
-  _globals['_DELIVERREQUEST']._serialized_start=1590
-  _globals['_DELIVERREQUEST']._serialized_end=2010
-  _globals['_DELIVERRESPONSE']._serialized_start=2012
-  _globals['_DELIVERRESPONSE']._serialized_end=2075
-  _globals['_PARAMETERSHARD']._serialized_start=2599
-  _globals['_PARAMETERSHARD']._serialized_end=2837
+  _globals['_PULLRESPONSE']._serialized_end=1011
+  _globals['_RECORD']._serialized_start=1014
+  _globals['_RECORD']._serialized_end=1216
+  _globals['_TURN']._serialized_start=1218
+  _globals['_TURN']._serialized_end=1278
+  _globals['_LANECLOCK']._serialized_start=1280
+  _globals['_LANECLOCK']._serialized_end=1337
+  _globals['_REPLICATE']._serialized_start=1339
+  _globals['_REPLICATE']._serialized_end=1461
+  _globals['_ACK']._serialized_start=1463
+  _globals['_ACK']._serialized_end=1498
+  _globals['_RECORDS']._serialized_start=1500
+  _globals['_RECORDS']._serialized_end=1551
+  _globals['_REFILL']._serialized_start=1554
+  _globals['_REFILL']._serialized_end=1746
+  _globals['_POSITION']._serialized_start=1748
+  _globals['_POSITION']._serialized_end=1806
+  _globals['_DELIVERREQUEST']._serialized_start=1809
+  _globals['_DELIVERREQUEST']._serialized_end=2229
+  _globals['_DELIVERRESPONSE']._serialized_start=2231
+  _globals['_DELIVERRESPONSE']._serialized_end=2294
+  _globals['_PARAMETERSHARD']._serialized_start=2818
+  _globals['_PARAMETERSHARD']._serialized_end=3056
 # @@protoc_insertion_point(module_scope)

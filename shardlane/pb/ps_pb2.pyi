@@ -125,23 +125,25 @@ class PullRequest(_message.Message):
     def __init__(self, run_id: _Optional[str] = ..., timeline: _Optional[int] = ..., version: _Optional[int] = ..., chunks: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class PullResponse(_message.Message):
-    __slots__ = ("chunk", "version", "outcome", "slice", "plan", "payload")
+    __slots__ = ("chunk", "version", "outcome", "slice", "plan", "refused", "payload")
     CHUNK_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     OUTCOME_FIELD_NUMBER: _ClassVar[int]
     SLICE_FIELD_NUMBER: _ClassVar[int]
     PLAN_FIELD_NUMBER: _ClassVar[int]
+    REFUSED_FIELD_NUMBER: _ClassVar[int]
     PAYLOAD_FIELD_NUMBER: _ClassVar[int]
     chunk: int
     version: int
     outcome: PullOutcome
     slice: _tensor_pb2.Slice
     plan: _coordinator_pb2.Plan
+    refused: int
     payload: bytes
-    def __init__(self, chunk: _Optional[int] = ..., version: _Optional[int] = ..., outcome: _Optional[_Union[PullOutcome, str]] = ..., slice: _Optional[_Union[_tensor_pb2.Slice, _Mapping]] = ..., plan: _Optional[_Union[_coordinator_pb2.Plan, _Mapping]] = ..., payload: _Optional[bytes] = ...) -> None: ...
+    def __init__(self, chunk: _Optional[int] = ..., version: _Optional[int] = ..., outcome: _Optional[_Union[PullOutcome, str]] = ..., slice: _Optional[_Union[_tensor_pb2.Slice, _Mapping]] = ..., plan: _Optional[_Union[_coordinator_pb2.Plan, _Mapping]] = ..., refused: _Optional[int] = ..., payload: _Optional[bytes] = ...) -> None: ...
 
 class Record(_message.Message):
-    __slots__ = ("step", "chunk", "square_norm", "tokens", "loss", "digest", "requests", "tally")
+    __slots__ = ("step", "chunk", "square_norm", "tokens", "loss", "digest", "requests", "tally", "turn")
     STEP_FIELD_NUMBER: _ClassVar[int]
     CHUNK_FIELD_NUMBER: _ClassVar[int]
     SQUARE_NORM_FIELD_NUMBER: _ClassVar[int]
@@ -150,6 +152,7 @@ class Record(_message.Message):
     DIGEST_FIELD_NUMBER: _ClassVar[int]
     REQUESTS_FIELD_NUMBER: _ClassVar[int]
     TALLY_FIELD_NUMBER: _ClassVar[int]
+    TURN_FIELD_NUMBER: _ClassVar[int]
     step: int
     chunk: int
     square_norm: float
@@ -158,7 +161,28 @@ class Record(_message.Message):
     digest: int
     requests: int
     tally: _tensor_pb2.Tally
-    def __init__(self, step: _Optional[int] = ..., chunk: _Optional[int] = ..., square_norm: _Optional[float] = ..., tokens: _Optional[int] = ..., loss: _Optional[float] = ..., digest: _Optional[int] = ..., requests: _Optional[int] = ..., tally: _Optional[_Union[_tensor_pb2.Tally, _Mapping]] = ...) -> None: ...
+    turn: Turn
+    def __init__(self, step: _Optional[int] = ..., chunk: _Optional[int] = ..., square_norm: _Optional[float] = ..., tokens: _Optional[int] = ..., loss: _Optional[float] = ..., digest: _Optional[int] = ..., requests: _Optional[int] = ..., tally: _Optional[_Union[_tensor_pb2.Tally, _Mapping]] = ..., turn: _Optional[_Union[Turn, _Mapping]] = ...) -> None: ...
+
+class Turn(_message.Message):
+    __slots__ = ("number", "staleness", "clock_sum")
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
+    STALENESS_FIELD_NUMBER: _ClassVar[int]
+    CLOCK_SUM_FIELD_NUMBER: _ClassVar[int]
+    number: int
+    staleness: int
+    clock_sum: int
+    def __init__(self, number: _Optional[int] = ..., staleness: _Optional[int] = ..., clock_sum: _Optional[int] = ...) -> None: ...
+
+class LaneClock(_message.Message):
+    __slots__ = ("taken", "refused", "read")
+    TAKEN_FIELD_NUMBER: _ClassVar[int]
+    REFUSED_FIELD_NUMBER: _ClassVar[int]
+    READ_FIELD_NUMBER: _ClassVar[int]
+    taken: int
+    refused: int
+    read: int
+    def __init__(self, taken: _Optional[int] = ..., refused: _Optional[int] = ..., read: _Optional[int] = ...) -> None: ...
 
 class Replicate(_message.Message):
     __slots__ = ("record", "previous", "parameters_digest")
@@ -185,18 +209,20 @@ class Records(_message.Message):
     def __init__(self, records: _Optional[_Iterable[_Union[Record, _Mapping]]] = ...) -> None: ...
 
 class Refill(_message.Message):
-    __slots__ = ("chunk", "version", "optimizer_step", "closed", "previous")
+    __slots__ = ("chunk", "version", "optimizer_step", "closed", "previous", "clocks")
     CHUNK_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     OPTIMIZER_STEP_FIELD_NUMBER: _ClassVar[int]
     CLOSED_FIELD_NUMBER: _ClassVar[int]
     PREVIOUS_FIELD_NUMBER: _ClassVar[int]
+    CLOCKS_FIELD_NUMBER: _ClassVar[int]
     chunk: int
     version: int
     optimizer_step: int
     closed: Record
     previous: _containers.RepeatedCompositeFieldContainer[Record]
-    def __init__(self, chunk: _Optional[int] = ..., version: _Optional[int] = ..., optimizer_step: _Optional[int] = ..., closed: _Optional[_Union[Record, _Mapping]] = ..., previous: _Optional[_Iterable[_Union[Record, _Mapping]]] = ...) -> None: ...
+    clocks: _containers.RepeatedCompositeFieldContainer[LaneClock]
+    def __init__(self, chunk: _Optional[int] = ..., version: _Optional[int] = ..., optimizer_step: _Optional[int] = ..., closed: _Optional[_Union[Record, _Mapping]] = ..., previous: _Optional[_Iterable[_Union[Record, _Mapping]]] = ..., clocks: _Optional[_Iterable[_Union[LaneClock, _Mapping]]] = ...) -> None: ...
 
 class Position(_message.Message):
     __slots__ = ("chunk", "version", "closed")

@@ -24,15 +24,15 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19shardlane/pb/tensor.proto\x12\x13shardlane.tensor.v1\"`\n\x05Slice\x12)\n\x05\x64type\x18\x01 \x01(\x0e\x32\x1a.shardlane.tensor.v1.DType\x12\x0e\n\x06offset\x18\x02 \x01(\x04\x12\r\n\x05total\x18\x03 \x01(\x04\x12\r\n\x05shape\x18\x04 \x03(\r\"$\n\x05\x42lock\x12\r\n\x05\x66irst\x18\x01 \x01(\r\x12\x0c\n\x04size\x18\x02 \x01(\r\"C\n\x07LaneRun\x12\r\n\x05\x66irst\x18\x01 \x01(\r\x12\x0c\n\x04size\x18\x02 \x01(\r\x12\r\n\x05least\x18\x03 \x01(\r\x12\x0c\n\x04most\x18\x04 \x01(\r\"C\n\x05Tally\x12\x0e\n\x06tables\x18\x01 \x01(\r\x12*\n\x04runs\x18\x02 \x03(\x0b\x32\x1c.shardlane.tensor.v1.LaneRun\"7\n\x08Timeline\x12\n\n\x02id\x18\x01 \x01(\r\x12\x0f\n\x07version\x18\x02 \x01(\x04\x12\x0e\n\x06\x64igest\x18\x03 \x01(\t\")\n\nPlanNumber\x12\x0c\n\x04term\x18\x01 \x01(\x04\x12\r\n\x05\x65poch\x18\x02 \x01(\x04*\x92\x01\n\x05\x44Type\x12\x16\n\x12\x44_TYPE_UNSPECIFIED\x10\x00\x12\x12\n\x0e\x44_TYPE_FLOAT32\x10\x01\x12\x13\n\x0f\x44_TYPE_BFLOAT16\x10\x02\x12\x12\n\x0e\x44_TYPE_FLOAT16\x10\x03\x12\x10\n\x0c\x44_TYPE_INT32\x10\x04\x12\x10\n\x0c\x44_TYPE_INT64\x10\x05\x12\x10\n\x0c\x44_TYPE_UINT8\x10\x06\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19shardlane/pb/tensor.proto\x12\x13shardlane.tensor.v1\"`\n\x05Slice\x12)\n\x05\x64type\x18\x01 \x01(\x0e\x32\x1a.shardlane.tensor.v1.DType\x12\x0e\n\x06offset\x18\x02 \x01(\x04\x12\r\n\x05total\x18\x03 \x01(\x04\x12\r\n\x05shape\x18\x04 \x03(\r\"$\n\x05\x42lock\x12\r\n\x05\x66irst\x18\x01 \x01(\r\x12\x0c\n\x04size\x18\x02 \x01(\r\"C\n\x07LaneRun\x12\r\n\x05\x66irst\x18\x01 \x01(\r\x12\x0c\n\x04size\x18\x02 \x01(\r\x12\r\n\x05least\x18\x03 \x01(\r\x12\x0c\n\x04most\x18\x04 \x01(\r\"C\n\x05Tally\x12\x0e\n\x06tables\x18\x01 \x01(\r\x12*\n\x04runs\x18\x02 \x03(\x0b\x32\x1c.shardlane.tensor.v1.LaneRun\"G\n\x08Timeline\x12\n\n\x02id\x18\x01 \x01(\r\x12\x0f\n\x07version\x18\x02 \x01(\x04\x12\x0e\n\x06\x64igest\x18\x03 \x01(\t\x12\x0e\n\x06\x63locks\x18\x04 \x03(\x04\")\n\nPlanNumber\x12\x0c\n\x04term\x18\x01 \x01(\x04\x12\r\n\x05\x65poch\x18\x02 \x01(\x04*\x92\x01\n\x05\x44Type\x12\x16\n\x12\x44_TYPE_UNSPECIFIED\x10\x00\x12\x12\n\x0e\x44_TYPE_FLOAT32\x10\x01\x12\x13\n\x0f\x44_TYPE_BFLOAT16\x10\x02\x12\x12\n\x0e\x44_TYPE_FLOAT16\x10\x03\x12\x10\n\x0c\x44_TYPE_INT32\x10\x04\x12\x10\n\x0c\x44_TYPE_INT64\x10\x05\x12\x10\n\x0c\x44_TYPE_UINT8\x10\x06\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'shardlane.pb.tensor_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_DTYPE']._serialized_start=425
-  _globals['_DTYPE']._serialized_end=571
+  _globals['_DTYPE']._serialized_start=441
+  _globals['_DTYPE']._serialized_end=587
   _globals['_SLICE']._serialized_start=50
   _globals['_SLICE']._serialized_end=146
   _globals['_BLOCK']._serialized_start=148
@@ -42,7 +42,7 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_TALLY']._serialized_start=255
   _globals['_TALLY']._serialized_end=322
   _globals['_TIMELINE']._serialized_start=324
-  _globals['_TIMELINE']._serialized_end=379
-  _globals['_PLANNUMBER']._serialized_start=381
-  _globals['_PLANNUMBER']._serialized_end=422
+  _globals['_TIMELINE']._serialized_end=395
+  _globals['_PLANNUMBER']._serialized_start=397
+  _globals['_PLANNUMBER']._serialized_end=438
 # @@protoc_insertion_point(module_scope)

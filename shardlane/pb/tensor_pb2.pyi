@@ -65,14 +65,16 @@ class Tally(_message.Message):
     def __init__(self, tables: _Optional[int] = ..., runs: _Optional[_Iterable[_Union[LaneRun, _Mapping]]] = ...) -> None: ...
 
 class Timeline(_message.Message):
-    __slots__ = ("id", "version", "digest")
+    __slots__ = ("id", "version", "digest", "clocks")
     ID_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     DIGEST_FIELD_NUMBER: _ClassVar[int]
+    CLOCKS_FIELD_NUMBER: _ClassVar[int]
     id: int
     version: int
     digest: str
-    def __init__(self, id: _Optional[int] = ..., version: _Optional[int] = ..., digest: _Optional[str] = ...) -> None: ...
+    clocks: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, id: _Optional[int] = ..., version: _Optional[int] = ..., digest: _Optional[str] = ..., clocks: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class PlanNumber(_message.Message):
     __slots__ = ("term", "epoch")

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from ps_service.core.commit import decide
-from ps_service.core.holdings import REFILLS_AT_ONCE
+from ps_service.core.holdings import REFILLS_AT_ONCE, Terms
 from ps_service.core.messages import (
     Ack,
     Alarm,
@@ -61,7 +61,7 @@ def core(me: Incarnation, sites: tuple[int, ...] = (1, 1), last: int = 9, stalen
     def decision(step: Step, records: object) -> Decision:
         return decide(step, records, config=CONFIG, loss_chunk=X)  # type: ignore[arg-type]
 
-    return ShardCore(me, num_sites=sites, num_lanes=2, last_version=last, decide=decision, staleness=staleness)
+    return ShardCore(me, Terms(tuple(sites), 2, last, staleness), decide=decision)
 
 
 def push(block: Block, *, step: int = 0, chunk: ChunkId = X, site: int = 0, timeline: int = 0, loss: float = 1.0) -> Contribution:
@@ -104,7 +104,7 @@ def test_lanes_are_kept_joined_and_closed_once() -> None:
     assert effects == [
         Keep(Step(0), X, SiteIndex(0), lane(0)),
         Join(Step(0), X, SiteIndex(0), lane(0), lane(1)),
-        Close(X, Step(0)),
+        Close(X, Step(0), BOTH),
     ]
 
 
@@ -114,7 +114,7 @@ def test_a_tied_chunk_waits_for_both_sites() -> None:
     _, effects = shard.on_push(push(BOTH, site=1))
     assert not of_kind(effects, Close)
     _, effects = shard.on_push(push(BOTH, site=0))
-    assert of_kind(effects, Close) == [Close(X, Step(0))]
+    assert of_kind(effects, Close) == [Close(X, Step(0), BOTH)]
 
 
 def test_nobody_applies_before_every_chunk_of_the_model_has_closed() -> None:

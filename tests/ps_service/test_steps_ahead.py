@@ -30,7 +30,7 @@ def test_a_step_whose_lanes_are_all_in_closes_when_the_one_before_is_applied() -
     close(shard, X)
     effects = told(shard, 0)
     kinds = [type(each) for each in effects if isinstance(each, Apply | Publish | Close)]
-    assert kinds == [Apply, Publish, Close] and of_kind(effects, Close) == [Close(X, Step(1))]  # type: ignore[arg-type]
+    assert kinds == [Apply, Publish, Close] and of_kind(effects, Close) == [Close(X, Step(1), BOTH)]  # type: ignore[arg-type]
     assert shard.judge(push(BOTH, step=1)).outcome is Outcome.DUPLICATE
 
 

@@ -9,6 +9,7 @@ import pytest
 
 from ps_service.core.barrier import Barrier
 from ps_service.core.commit import decide
+from ps_service.core.holdings import Terms
 from ps_service.core.messages import Announce, Answer, Contribution, Decision, Effect, Envelope, Outcome, Record, Records, Refill
 from ps_service.core.shard import ShardCore
 from ps_service.envelopes import from_wire, record_from_wire, record_to_wire, to_wire
@@ -21,6 +22,7 @@ from shardlane.partition import Layout
 from shardlane.pb import ps_pb2
 from shardlane.plan import Member, Placement, Plan
 from shardlane.tally import LaneRun, Tally
+from shardlane.train_config import TrainConfig
 
 ME = Incarnation("shard-me")
 CONFIG: Config = build(
@@ -55,7 +57,7 @@ def test_a_barrier_counts_what_was_kept_apart_from_its_masks() -> None:
     barrier.count(contribution(lane(0)))
     assert barrier.tally == Tally(2, (LaneRun(0, 1, 0, 1), LaneRun(1, 3, 1, 1)))
     barrier.count(contribution(lane(0), site=1))
-    assert barrier.complete and barrier.tally == Tally(2, ONCE)
+    assert barrier.has(Block(Lane(0), 4)) and barrier.tally == Tally(2, ONCE)
 
 
 def test_what_is_judged_a_duplicate_counts_nowhere() -> None:
@@ -70,7 +72,7 @@ def test_a_lane_that_is_counted_although_it_is_in_shows() -> None:
     barrier = Barrier.fresh(4, 1)
     for block in (Block(Lane(0), 2), lane(1), Block(Lane(2), 2)):
         barrier.count(contribution(block))
-    assert barrier.complete and barrier.tally.runs == ((0, 1, 1, 1), (1, 1, 2, 2), (2, 2, 1, 1))
+    assert barrier.has(Block(Lane(0), 4)) and barrier.tally.runs == ((0, 1, 1, 1), (1, 1, 2, 2), (2, 2, 1, 1))
 
 
 def test_a_decision_is_over_the_tables_of_all_records() -> None:
@@ -90,11 +92,14 @@ def decision_of(records: Sequence[Record]) -> Decision:
 @pytest.mark.parametrize("tally", [Tally(2, ONCE), Tally(2, (LaneRun(0, 1, 0, 3), LaneRun(1, 3, 1, 1)))], ids=str)
 def test_a_record_with_its_tally_survives_the_wire(tally: Tally) -> None:
     known = replace(record(TIED, tally), requests=3)
-    assert record_from_wire(record_to_wire(known), LAYOUT, 4) == known
+    assert record_from_wire(record_to_wire(known), LAYOUT, TrainConfig(lanes=4)) == known
     for message in (Records((known,)), Refill(TIED, Version(0), known, (known,))):
         envelope = Envelope(ME, PlanNumber(1, 1), 0, message)
         (framed,) = to_wire(envelope, [], run_id=RunId("r"), receiver=ME)
-        assert from_wire(ps_pb2.DeliverRequest.FromString(framed.header.SerializeToString()), LAYOUT, 4) == envelope
+        assert (
+            from_wire(ps_pb2.DeliverRequest.FromString(framed.header.SerializeToString()), LAYOUT, TrainConfig(lanes=4))
+            == envelope
+        )
 
 
 @pytest.mark.parametrize(
@@ -111,12 +116,12 @@ def test_a_record_with_its_tally_survives_the_wire(tally: Tally) -> None:
 )
 def test_a_record_of_other_sites_or_lanes_is_refused(chunk: ChunkId, tally: Tally, says: str) -> None:
     with pytest.raises(MalformedError, match=says):
-        record_from_wire(record_to_wire(record(chunk, tally)), LAYOUT, 4)
+        record_from_wire(record_to_wire(record(chunk, tally)), LAYOUT, TrainConfig(lanes=4))
 
 
 def test_a_record_without_a_tally_is_refused() -> None:
     with pytest.raises(MalformedError, match="a tally over 0 tables"):
-        record_from_wire(ps_pb2.Record(step=0, chunk=1, digest=7), LAYOUT, 4)
+        record_from_wire(ps_pb2.Record(step=0, chunk=1, digest=7), LAYOUT, TrainConfig(lanes=4))
 
 
 # ---- from pushes to the judge ------------------------------------------------------------------------------------------
@@ -125,9 +130,7 @@ def test_a_record_without_a_tally_is_refused() -> None:
 def primary_of_all() -> ShardCore:
     core = ShardCore(
         ME,
-        num_sites=[LAYOUT.num_sites(chunk.id) for chunk in LAYOUT.chunks],
-        num_lanes=4,
-        last_version=5,
+        Terms(tuple(LAYOUT.num_sites(chunk.id) for chunk in LAYOUT.chunks), 4, 5),
         decide=lambda step, records: decision_of(records),
     )
     placements = tuple(Placement((ME,)) for _ in LAYOUT.chunks)

@@ -62,10 +62,11 @@ class Manifest:
     version: Version
     timeline: int
     histories: dict[ChunkId, History]
+    clocks: tuple[int, ...] = ()
 
     @property
     def mark(self) -> CheckpointMark:
-        return CheckpointMark(self.version, f"{self.timeline}:{self.version}")
+        return CheckpointMark(self.version, f"{self.timeline}:{self.version}", self.clocks)
 
 
 @dataclass
@@ -113,7 +114,11 @@ class CoordinatorProcess(Process):
     def _beginning(self) -> Beginning:
         store = self.store
         checkpoint = NO_CHECKPOINT if self.disk.newest is None else self.disk.newest.mark
-        timeline = store.plan.timeline if store.plan is not None else Timeline(0, checkpoint.version, checkpoint.digest)
+        timeline = (
+            store.plan.timeline
+            if store.plan is not None
+            else Timeline(0, checkpoint.version, checkpoint.digest, checkpoint.clocks)
+        )
         return Beginning(
             run_id=RUN,
             term=store.term,
@@ -235,7 +240,7 @@ class CoordinatorProcess(Process):
             for chunk, history in self.disk.parts[part.version, part.file].items():
                 self.world.check_part(commit, chunk, history, histories.get(chunk))
                 histories[chunk] = history
-        manifest = Manifest(commit.version, commit.timeline, histories)
+        manifest = Manifest(commit.version, commit.timeline, histories, commit.parts[0].clocks)
         self.disk.commit(manifest)
         self.world.num["checkpoints"] += 1
         self._perform(self.run.on_checkpoint_committed(manifest.mark))

@@ -34,8 +34,9 @@ class Drama:
         kinds, weights = list(shape.faults), list(shape.faults.values())
         faults = []
         for kind in chance.choices(kinds, weights, k=chance.randint(1, shape.num_faults_max)) if kinds else ():
-            version = chance.randrange(shape.num_steps)
-            faults.append(Fault(kind, version, chance.randrange(EVENTS_A_LANE * shape.num_lanes)))
+            version = chance.randrange(world.config.train.last_version)
+            num_lanes = 1 if world.config.train.goes_by_turns else shape.num_lanes
+            faults.append(Fault(kind, version, chance.randrange(EVENTS_A_LANE * num_lanes)))
             if chance.random() < 0.3:  # the next one hits while this one is being repaired
                 faults.append(Fault(chance.choices(kinds, weights)[0], version, faults[-1].num_events + chance.randrange(40)))
         self._faults = sorted(faults, key=lambda fault: (fault.version, fault.num_events))

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from ps_service.core.barrier import Barrier
-from ps_service.core.holdings import HeldChunk
+from ps_service.core.holdings import HeldChunk, Terms
 from ps_service.core.messages import (
     Alarm,
     Announce,
@@ -46,11 +46,11 @@ from tests.sim.oracle import BrokenInvariant
 FIELDS: dict[str, set[str]] = {
     "ShardCore": {
         *("me", "plan", "chunks", "book", "last_version", "end_version", "diverged", "requests"),
-        *("_num_sites", "_num_lanes", "_filling", "_staleness"),
+        *("_terms", "_filling"),
     },
     "RecordBook": {"records", "decided", "news", "_num_chunks", "_decide", "_delivered"},
     "Filling": {"_waiting", "_under_way"},
-    "HeldChunk": {"version", "barrier", "measuring", "closed", "acks", "awaited", "ahead", "early"},
+    "HeldChunk": {"version", "barrier", "measuring", "closed", "acks", "awaited", "ahead", "early", "clocks", "turn"},
     "Barrier": {"num_lanes", "sites"},
     "SiteTable": {"counted", "partials", "tokens", "losses", "added"},
 }
@@ -103,9 +103,7 @@ class Bench:
 
     def __init__(self, me: Incarnation, num_chunks: int, num_lanes: int, last_version: int, frozen: Frozen | None) -> None:
         self._num_lanes = num_lanes
-        self.core = ShardCore(
-            me, num_sites=[1] * num_chunks, num_lanes=num_lanes, last_version=last_version, decide=decide_by_digests
-        )
+        self.core = ShardCore(me, Terms((1,) * num_chunks, num_lanes, last_version), decide=decide_by_digests)
         self._histories: dict[ChunkId, Values] = {}
         self._totals: dict[ChunkId, int] = {}
         self._letters: list[Letter] = []

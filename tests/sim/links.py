@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from shardlane.ids import Incarnation, Lane, PlanNumber, Version
+from shardlane.turns import is_before
 from tests.sim.network import RefusedError
 from worker_service.core import events
 
@@ -40,22 +41,42 @@ class Inbox:
         self._is_seated = False
         self._step = self._version = self._published = Version(0)
         self._validated = -1
-        self.items: set[tuple[str, int, int]] = set()
+        self._num_places = worker.world.config.train.num_places
+        self._begun: dict[int, int] = {}
+        self.items: dict[tuple[str, int, int], None] = {}  # in the order in which they came
         self._known: set[tuple[str, int, int]] = set()
 
     def open(self, number: PlanNumber, is_seated: bool) -> None:
         self._number, self._is_seated = number, is_seated
         self._step = self._version = self._published = Version(0)
         self._validated = -1
+        self._begun.clear()
         self.items.clear()
         self._known.clear()
 
     def begin(self, step: Version, version: Version, published: Version) -> None:
         self._step, self._version, self._published = step, version, published
-        self.items = {key for key in self.items if not self._is_past(key)}
+        self._begun[step % self._num_places] = step
+        self._drop_past()
+
+    def _drop_past(self) -> None:
+        self.items = {key: None for key in self.items if not self._is_past(key)}
         self._known = {key for key in self._known if not self._is_past(key)}
 
+    def skip(self, number: Version) -> None:
+        place = number % self._num_places
+        self._begun[place] = max(number + 1, self._begun.get(place, 0))
+        self._drop_past()
+
+    def offered(self, *, only_last: bool) -> list[Version]:
+        fresh = [key[1] for key in self.items if key[0] != GRADIENT]
+        if only_last:
+            fresh = [each for each in fresh if each % self._num_places == self._num_places - 1]
+        return [Version(each) for each in fresh if each != self._begun.get(each % self._num_places)]
+
     def _is_past(self, key: tuple[str, int, int]) -> bool:
+        if self._num_places > 1:
+            return key[1] < self._begun.get(key[1] % self._num_places, 0)
         return key[1] < (self._version if key[0] == VALIDATION else self._step)
 
     def is_skipped(self, key: tuple[str, int, int]) -> bool:
@@ -63,7 +84,7 @@ class Inbox:
 
     def run_again(self, version: Version, lane: Lane) -> None:
         void = {(ACTIVATION, version, lane), (GRADIENT, version, lane)}
-        self.items -= void
+        self.items = {key: None for key in self.items if key not in void}
         self._known -= void
 
     def receive(self, number: PlanNumber, item: Item, published: Version, *, is_above: bool) -> None:
@@ -74,7 +95,9 @@ class Inbox:
             raise RefusedError("not ready")
         if not self._is_seated or number < self._number:
             raise RefusedError("stale")
-        if item.kind == VALIDATION:
+        if self._num_places > 1:
+            pass
+        elif item.kind == VALIDATION:
             self._validated = max(self._validated, item.version - 1)
         elif is_above:
             self._validated = max(self._validated, worker.world.config.train.reads(item.version))
@@ -91,7 +114,7 @@ class Inbox:
             return
         if number == self._number and self._is_seated and not self._is_past(item.key) and item.key not in self._known:
             self._known.add(item.key)
-            self.items.add(item.key)
+            self.items[item.key] = None
             worker.pump()
 
 
@@ -120,8 +143,9 @@ class Link:
         self._send_next()
 
     def begin(self, version: Version) -> None:
-        self._next -= sum(item.version < version for item in self._items[: self._next])
-        self._items = [item for item in self._items if item.version >= version]
+        num_places = self._worker.world.config.train.num_places
+        self._next -= sum(is_before(item.version, version, num_places) for item in self._items[: self._next])
+        self._items = [item for item in self._items if not is_before(item.version, version, num_places)]
 
     def close(self) -> None:
         self._closed = True

@@ -7,9 +7,11 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from ps_service.core.messages import Decision, Record
-from shardlane.ids import ChunkId, Version
+from shardlane.ids import ChunkId, Step, Version
 from shardlane.plan import Plan, Timeline
-from tests.sim.sketch import SKIPPED, History, Sketch, plain, plainly, sum_text
+from shardlane.turns import place_of
+from tests.sim.log import Log
+from tests.sim.sketch import SKIPPED, History, Sketch, lanes_text, plain, plainly, sum_text
 
 if TYPE_CHECKING:
     from tests.sim.shard import ShardProcess
@@ -22,7 +24,7 @@ class BrokenInvariant(AssertionError):
 class Oracle:
     """Knows everything, tells nobody, and raises `BrokenInvariant`."""
 
-    def __init__(self, layout: Sketch, num_lanes: int) -> None:
+    def __init__(self, layout: Sketch, num_lanes: int, goes_by_turns: bool = False) -> None:
         self._num_sites = [layout.num_sites(chunk.id) for chunk in layout.chunks]
         self._num_lanes = num_lanes
         self.plan: Plan | None = None  # the newest that is durable
@@ -33,6 +35,8 @@ class Oracle:
         self.skips: set[tuple[int, int]] = set()  # timeline, step
         self.version = 0  # the newest that was published in the newest timeline
         self._expected: dict[tuple[int, ChunkId, int], History] = {}
+        self.logs: dict[int, Log] = {}  # ASP, by timeline
+        self._goes_by_turns = goes_by_turns
 
     # ---- what is told --------------------------------------------------------------------------------------------------
 
@@ -45,14 +49,22 @@ class Oracle:
             before = () if origin is None else self.lineage(origin, timeline.version)
             self.lineages[timeline.id] = before
             self.version = int(timeline.version)
+            if self._goes_by_turns:
+                learnt = () if origin is None else self.logs[origin].clocks_at(timeline.version)
+                if timeline.clocks != learnt:
+                    raise BrokenInvariant(f"1: {timeline} began with clocks that its checkpoint does not have, {learnt}")
+                self.logs[timeline.id] = Log(timeline, self._num_lanes)
 
     def decide(self, timeline: int, step: int, decision: Decision) -> None:
         known = self.decisions.setdefault((timeline, step), decision)
         if known != decision:
             raise BrokenInvariant(f"4: two decisions of step {step}: {known} and {decision}")
-        if not all(run.is_exact for run in decision.tally.runs):
+        if self._goes_by_turns:
+            if fault := self.logs[timeline].fault_of(Step(step), decision):
+                raise BrokenInvariant(f"1, 4: {fault}")
+        elif not all(run.is_exact for run in decision.tally.runs):
             raise BrokenInvariant(f"1: in step {step} lanes were counted as {decision.tally}")
-        if decision.skipped:
+        if decision.skipped or decision.refused:
             self.skips.add((timeline, step))
 
     def publish(self, timeline: int, chunk: ChunkId, version: Version, history: History) -> None:
@@ -67,6 +79,9 @@ class Oracle:
 
     def is_published(self, timeline: Timeline, chunk: ChunkId, version: Version, history: History) -> bool:
         """Whether this is what was published; of a version before the timeline, under SSP, what its checkpoint says of it."""
+        if self._goes_by_turns:
+            place, turn = place_of(version, self._num_lanes)
+            version = Version(turn) if place == self._num_lanes else self.logs[timeline.id].read[version]
         if version < timeline.version:
             return plainly(history) == self.expected(timeline.id, chunk, version)
         return history == self.published.get((timeline.id, chunk, version))
@@ -88,7 +103,16 @@ class Oracle:
         return self._expected[key]
 
     def sum_of(self, step: int, timeline: int, chunk: ChunkId) -> str:
+        if self._goes_by_turns:
+            turn = self.decisions[timeline, step].turn
+            assert turn is not None
+            return self.turn_sum(turn.number, timeline, chunk)
         return sum_text(step, timeline, self._num_lanes, self._num_sites[chunk])
+
+    def turn_sum(self, number: int, timeline: int, chunk: ChunkId) -> str:
+        """ASP: a lane's contribution over the chunk's sites."""
+        lane, _ = place_of(number, self._num_lanes)
+        return "+".join([lanes_text(number, timeline, lane, 1)] * self._num_sites[chunk])
 
     # ---- what is looked at ---------------------------------------------------------------------------------------------
 
@@ -109,7 +133,12 @@ class Oracle:
             if held.closed is not None and total is not None:
                 if zlib.crc32(total.encode()) != held.closed.digest or held.closed.step != int(held.version):
                     raise BrokenInvariant(f"1: chunk {chunk} on {shard} has the sum {total} with {held.closed}")
-                if plain(total) != self.sum_of(held.version, timeline.id, chunk):
+                turn = held.closed.turn
+                if plain(total) != (
+                    self.sum_of(held.version, timeline.id, chunk)
+                    if turn is None
+                    else self.turn_sum(turn.number, timeline.id, chunk)
+                ):
                     raise BrokenInvariant(f"1, 2: the sum of step {held.version} of chunk {chunk} on {shard} is {total}")
         if texts.parameters.keys() != core.chunks.keys():
             raise BrokenInvariant(f"1: {shard} has parameters of {sorted(texts.parameters)}, holds {sorted(core.chunks)}")

@@ -7,8 +7,9 @@ from typing import Any
 from ps_service.core.holdings import HeldChunk
 from ps_service.core.messages import Close, Effect
 from ps_service.core.shard import ShardCore
-from shardlane.config import TrainConfig
-from shardlane.ids import ChunkId, Step
+from shardlane.ids import ChunkId, Lane, Step
+from shardlane.lanes import Block
+from shardlane.train_config import TrainConfig
 from tests.sim.plants import Bug, patch
 
 
@@ -29,10 +30,11 @@ def keep_ahead(_: Any) -> Any:
 def close_beyond_the_end(_: Any) -> Any:
     def close(self: ShardCore, chunk: ChunkId) -> list[Effect]:
         held = self.chunks[chunk]
-        if not held.barrier.complete or held.closed or held.measuring:
+        whole = Block(Lane(0), held.barrier.num_lanes)
+        if not held.barrier.has(whole) or held.closed or held.measuring:
             return []
-        held.measuring = True
-        return [Close(chunk, Step(held.version))]
+        held.measuring = whole
+        return [Close(chunk, Step(held.version), whole)]
 
     return close
 

@@ -25,6 +25,7 @@ class Asked:
     missing: dict[Incarnation, set[ChunkId]]
     values: dict[ChunkId, History] = field(default_factory=dict)
     cancelled: bool = False
+    is_open: bool = False
     superseded: Version | None = None
 
     @property
@@ -80,40 +81,63 @@ class Puller:
     def __init__(self, worker: WorkerProcess, plan: Plan, chunks: Iterable[ChunkId]) -> None:
         self.worker, self.plan = worker, plan
         self._chunks = sorted(set(chunks))
-        self.asked: Asked | None = None
-        self.published = Version(-1)  # the newest that a shard has answered with
+        self.asked: dict[Version, Asked] = {}
+        self._newest: dict[int, Version] = {}  # by place, the newest that a shard has answered with
+        self._num_places = worker.world.config.train.num_places
+
+    @property
+    def published(self) -> Version:
+        return self._newest.get(0, Version(-1)) if self._num_places == 1 else Version(-1)
+
+    def is_past(self, version: Version) -> bool:
+        return self._newest.get(version % self._num_places, -1) > version
 
     def ask(self, version: Version) -> None:
-        if self.asked is not None and self.asked.version == version and not self.asked.cancelled:
+        if version in self.asked:
             return
-        self.cancel()
+        for other in [each for each in self.asked if (each - version) % self._num_places == 0]:
+            self.drop(other)
         self._begin(Asked(version, self._by_primary(self._chunks)))
 
+    def come(self, versions: Iterable[Version]) -> list[Version]:
+        """Those that a shard has, or is past."""
+        return [each for each in versions if self._newest.get(each % self._num_places, -1) >= each]
+
+    def open(self, version: Version) -> None:
+        """What `take` does: from now on what comes of it reaches the parameters."""
+        for other in [each.version for each in self.asked.values() if each.is_open and each.version != version]:
+            self.drop(other)
+        self.ask(version)
+        self.asked[version].is_open = True
+
     def note(self, published: Version) -> None:
-        self.published = max(published, self.published)
+        place = published % self._num_places
+        self._newest[place] = max(published, self._newest.get(place, Version(-1)))
         self.worker.pump()
 
     def cancel(self) -> None:
-        if self.asked is not None:
-            self.asked.cancelled = True
-            self.asked = None
+        for version in list(self.asked):
+            self.drop(version)
+
+    def drop(self, version: Version) -> None:
+        self.asked.pop(version).cancelled = True
 
     def reroute(self, plan: Plan) -> None:
-        self.plan, asked = plan, self.asked
-        if asked is None or asked.settled:
-            return
-        missing = set[ChunkId]().union(*asked.missing.values())
-        again = Asked(asked.version, self._by_primary(missing), asked.values)
-        if again.missing == {shard: chunks for shard, chunks in asked.missing.items() if chunks}:
-            return
-        self.cancel()
-        self._begin(again)
+        self.plan = plan
+        for asked in list(self.asked.values()):
+            if asked.settled:
+                continue
+            missing = set[ChunkId]().union(*asked.missing.values())
+            again = Asked(asked.version, self._by_primary(missing), asked.values, is_open=asked.is_open)
+            if again.missing != {shard: chunks for shard, chunks in asked.missing.items() if chunks}:
+                self.drop(asked.version)
+                self._begin(again)
 
     def _by_primary(self, chunks: Iterable[ChunkId]) -> dict[Incarnation, set[ChunkId]]:
         return {shard: set(each) for shard, each in self.plan.by_primary(list(chunks)).items()}
 
     def _begin(self, asked: Asked) -> None:
-        self.asked = asked
+        self.asked[asked.version] = asked
         for shard in list(asked.missing):
             self._pull_from(asked, shard)
 

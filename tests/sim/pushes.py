@@ -9,6 +9,7 @@ from ps_service.core import messages
 from ps_service.core.messages import Outcome
 from shardlane.ids import Incarnation, PlanNumber, Step, Version
 from shardlane.plan import Plan
+from shardlane.turns import is_before
 from tests.sim.network import RefusedError
 from tests.sim.shard import Batch
 from tests.sim.sketch import block_text
@@ -55,7 +56,8 @@ class Pusher:
             self._enqueue(key)
 
     def begin(self, version: Version) -> None:
-        self._forget([key for key in self._kept if key.step < version])
+        num_places = self._worker.world.config.train.num_places
+        self._forget([key for key in self._kept if is_before(key.step, version, num_places)])
 
     def close(self) -> None:
         self._closed = True

@@ -26,6 +26,8 @@ class Shape:
     num_steps: int = 4
     staleness: int = 0
     look_ahead: bool = False
+    asynchronous: bool = False
+    staleness_max: int = 0
     num_stages: int = 1
     num_replicas: int = 2
     num_spare_shards: int = 0
@@ -80,6 +82,32 @@ SHAPES: dict[str, Shape] = {
         num_stages=2,
         num_replicas=2,
     ),
+    "ASP, deaths": Shape(asynchronous=True, faults=DEATHS),
+    "ASP, sums that differ in bits, a bad network": Shape(
+        asynchronous=True, staleness_max=4, faults={**DEATHS, "checkpoint": 1}, wobbles=True, weather=BAD, num_faults_max=3
+    ),
+    "ASP, comings and silences of pipelines": Shape(
+        asynchronous=True, num_steps=3, num_stages=2, faults={**COMINGS, **SILENCES, "stop run": 1}, num_faults_max=3
+    ),
+    "ASP, one copy": Shape(
+        asynchronous=True,
+        replication=1,
+        num_steps=4,
+        num_stages=2,
+        checkpoint_every=1,
+        faults={"kill shard": 4, "kill worker": 1},
+    ),
+    "ASP, everything": Shape(
+        asynchronous=True,
+        staleness_max=5,
+        num_steps=3,
+        faults=EVERYTHING,
+        num_faults_max=4,
+        checkpoint_every=1,
+        num_validations=4,
+        num_stages=2,
+        num_replicas=2,
+    ),
     "a coordinator that dies": Shape(
         faults={"kill coordinator": 4, "stop coordinator": 1, "part coordinator": 1, "kill shard": 2, "kill worker": 1},
         checkpoint_every=2,
@@ -108,7 +136,8 @@ def config_of(shape: Shape) -> Config:
                 "global_batch_size": shape.num_lanes,
                 "lanes": shape.num_lanes,
                 "max_steps": shape.num_steps,
-                "consistency": "ssp",
+                "consistency": "asp" if shape.asynchronous else "ssp",
+                "staleness_max": shape.staleness_max,
                 "staleness": shape.staleness,
                 "look_ahead": shape.look_ahead,
             },

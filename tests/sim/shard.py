@@ -6,10 +6,11 @@ import math
 import zlib
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple, assert_never
 
 from coordinator.core.events import CheckpointReport, Heartbeat, StepSummary
+from ps_service.core.holdings import Terms
 from ps_service.core.messages import (
     Alarm,
     Announce,
@@ -38,13 +39,14 @@ from ps_service.core.messages import (
 )
 from ps_service.core.shard import ShardCore
 from shardlane.errors import StaleError
-from shardlane.ids import ChunkId, Incarnation, Lane, PlanNumber, SiteIndex, Step, Version
-from shardlane.lanes import Block
+from shardlane.ids import ChunkId, Incarnation, PlanNumber, SiteIndex, Version
 from shardlane.plan import Plan
+from shardlane.turns import Clocks
 from tests.sim.member import MemberProcess
 from tests.sim.network import RefusedError
 from tests.sim.oracle import BrokenInvariant
 from tests.sim.sketch import SKIPPED, History
+from tests.sim.texts import Texts, has_come_to
 
 if TYPE_CHECKING:
     from tests.sim.coordinator import Reply
@@ -57,25 +59,13 @@ CALL_SECONDS_MAX = 5.0  # the same
 _NO_PLAN = PlanNumber(0, 0)
 
 
-@dataclass
-class Texts:
-    """What the shell holds for the core."""
-
-    parameters: dict[ChunkId, History] = field(default_factory=dict)
-    partials: dict[tuple[ChunkId, Step, SiteIndex, Block], str] = field(default_factory=dict)
-    sums: dict[ChunkId, str] = field(default_factory=dict)
-
-    def drop_partials(self, chunk: ChunkId) -> None:
-        for key in [key for key in self.partials if key[0] == chunk]:
-            del self.partials[key]
-
-
 class Parcel(NamedTuple):
     """A message with the values that go along."""
 
     envelope: Envelope
     total: str
     history: History
+    copies: tuple[History, ...] = ()
 
 
 class Batch(NamedTuple):
@@ -90,17 +80,9 @@ class ShardProcess(MemberProcess):
 
     def __init__(self, world: World, incarnation: Incarnation, address: str) -> None:
         super().__init__(world, incarnation, address)
-        layout = world.layout
-        self.core = ShardCore(
-            incarnation,
-            num_sites=[layout.num_sites(chunk.id) for chunk in layout.chunks],
-            num_lanes=world.config.train.lanes,
-            last_version=world.config.train.last_step,
-            decide=world.decide,
-            staleness=world.config.train.staleness,
-        )
+        self.core = ShardCore(incarnation, Terms.of(world.config, world.layout), decide=world.decide)
         self.texts = Texts()
-        self.published: dict[ChunkId, Version] = {}
+        self.published: dict[ChunkId, tuple[Version, Clocks]] = {}
         self.pulls: list[PullCall] = []
         self.snapshots_left = 0
         self._summaries: deque[StepSummary] = deque()
@@ -118,7 +100,7 @@ class ShardProcess(MemberProcess):
 
     @property
     def oldest(self) -> int:
-        return min(self.published.values(), default=-1)
+        return min((version for version, _ in self.published.values()), default=-1)
 
     @property
     def timeline(self) -> int:
@@ -198,15 +180,14 @@ class ShardProcess(MemberProcess):
 
     def _answer_pulls(self) -> None:
         for call in list(self.pulls):
-            ready = [chunk for chunk in sorted(call.waiting) if self.published.get(chunk, -1) >= call.version]
+            ready = [chunk for chunk in sorted(call.waiting) if has_come_to(self.published.get(chunk), call.version)]
             for chunk in ready:
                 call.waiting.discard(chunk)
                 held = self.core.chunks.get(chunk)
                 if held is None:
                     continue
-                now, history = held.version, self.texts.parameters[chunk]
-                if now - call.version <= self.world.config.train.num_past:
-                    past = history[: call.version]
+                now, past = self.texts.past(chunk, held, call.version, self.world.config.train.num_past)
+                if past is not None:
                     self._answer(call, lambda call=call, chunk=chunk, past=past: call.on_data(chunk, past))
                 else:
                     self._answer(call, lambda call=call, now=now: call.on_superseded(now))
@@ -230,7 +211,7 @@ class ShardProcess(MemberProcess):
         except StaleError as error:
             self.world.num["stale"] += 1
             raise RefusedError("stale") from error
-        self._do(effects, parcel.total, parcel.history)
+        self._do(effects, parcel.total, parcel.history, parcel.copies)
         plan = self.core.plan
         return plan if plan is not None and parcel.envelope.plan < plan.number else None
 
@@ -271,7 +252,8 @@ class ShardProcess(MemberProcess):
             return Parcel(envelope, self.texts.sums[message.record.chunk], ())
         if isinstance(message, Refill):
             total = self.texts.sums[message.chunk] if message.closed is not None else ""
-            return Parcel(envelope, total, self.texts.parameters[message.chunk])
+            copies = tuple(self.texts.copies.get(message.chunk, ()))
+            return Parcel(envelope, total, self.texts.parameters[message.chunk], copies)
         return Parcel(envelope, "", ())
 
     def _parameters_digest(self, chunk: ChunkId) -> int:
@@ -279,12 +261,14 @@ class ShardProcess(MemberProcess):
 
     # ---- effects -------------------------------------------------------------------------------------------------------
 
-    def _do(self, effects: Sequence[Effect], value: str = "", history: History = ()) -> None:
-        """`value`, `history`: what came with the event."""
+    def _do(self, effects: Sequence[Effect], value: str = "", history: History = (), copies: tuple[History, ...] = ()) -> None:
+        """`value`, `history`, `copies`: what came with the event."""
         if effects:
             todo = deque(effects)
             while todo:
-                self._do_one(todo.popleft(), todo, value, history)
+                if isinstance(effect := todo.popleft(), KeepState):
+                    self.texts.copies[effect.chunk] = list(copies)
+                self._do_one(effect, todo, value, history)
         self.world.on_shard_event(self)
 
     def _do_one(self, effect: Effect, todo: deque[Effect], value: str, history: History) -> None:
@@ -297,8 +281,8 @@ class ShardProcess(MemberProcess):
             case Join(step, chunk, site, left, right):
                 low, high = texts.partials.pop((chunk, step, site, left)), texts.partials.pop((chunk, step, site, right))
                 texts.partials[chunk, step, site, left.parent] = f"({low}+{high})"
-            case Close(chunk, step):
-                todo += self._close(chunk, step)
+            case Close():
+                todo += self._close(effect)
             case KeepSum(chunk=chunk):
                 texts.sums[chunk] = value
             case Compare(chunk=chunk, sender=sender, digest=digest):
@@ -313,7 +297,7 @@ class ShardProcess(MemberProcess):
             case Apply(chunk=chunk):
                 self._apply(effect, texts.sums.pop(chunk))
             case Publish(chunk=chunk, version=version):
-                self.published[chunk] = version
+                self.published[chunk] = version, effect.clocks
                 self.world.oracle.publish(self.timeline, chunk, version, texts.parameters[chunk])
                 self._answer_pulls()
             case DropSums(chunk=chunk, keep_closed=keep_closed):
@@ -339,10 +323,10 @@ class ShardProcess(MemberProcess):
             case _:
                 assert_never(effect)
 
-    def _close(self, chunk: ChunkId, step: Step) -> list[Effect]:
+    def _close(self, effect: Close) -> list[Effect]:
         """With wobbling sums, no two measurements of one sum have the same bits."""
         world, texts = self.world, self.texts
-        whole = Block(Lane(0), world.config.train.lanes)
+        chunk, step, whole = effect.chunk, effect.step, effect.block
         sites = range(world.layout.num_sites(chunk))
         total = "+".join(texts.partials.pop((chunk, step, SiteIndex(site), whole)) for site in sites)
         if world.shape.wobbles:
@@ -358,12 +342,15 @@ class ShardProcess(MemberProcess):
         if len(before) != effect.step:
             raise BrokenInvariant(f"4: step {effect.step} of chunk {effect.chunk} is applied to version {len(before)}")
         self.texts.parameters[effect.chunk] = (*before, SKIPPED if effect.scale is None else total)
+        if effect.lane is not None:
+            self.texts.copies[effect.chunk][effect.lane] = self.texts.parameters[effect.chunk]
         self.world.on_applied()
 
     def _load(self, effect: Load) -> None:
         manifest = self.world.disk.manifests.get(effect.timeline.digest)
         for chunk in effect.chunks:
             self.texts.parameters[chunk] = () if manifest is None else manifest.histories[chunk]
+            self.texts.copies[chunk] = [self.texts.parameters[chunk]] * self.world.shape.num_lanes
 
     def _announce(self, effect: Announce) -> None:
         decision, step = effect.decision, effect.step
@@ -383,13 +370,16 @@ class ShardProcess(MemberProcess):
         self._num_snapshots += 1
         timeline = self.timeline
         part = {chunk: self.texts.parameters[chunk] for chunk in effect.chunks}
+        clocks = tuple(each.clock for each in self.core.chunks[effect.chunks[0]].clocks)
         self.snapshots_left += 1
 
         def write() -> None:
             self.snapshots_left -= 1
             world.disk.parts[effect.version, file] = part
             checksums = {chunk: dict[str, str]() for chunk in part}
-            self.report(CheckpointReport(self.me, effect.version, effect.version, file, 1, checksums, timeline=timeline))
+            self.report(
+                CheckpointReport(self.me, effect.version, effect.version, file, 1, checksums, timeline=timeline, clocks=clocks)
+            )
 
         self.clock.after(0.02 + 0.3 * world.random.random() ** 4, self, write)
         self.beat_soon()

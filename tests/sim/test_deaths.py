@@ -17,6 +17,8 @@ SHAPES = [
     "three copies, one lane",
     "one-step delay, deaths",
     "SSP, everything",
+    "ASP, sums that differ in bits, a bad network",
+    "ASP, everything",
 ]
 
 

@@ -7,6 +7,7 @@ import pytest
 from tests.sim.oracle import BrokenInvariant
 from tests.sim.plants import BUGS
 from tests.sim.plants_ahead import AHEAD
+from tests.sim.plants_turns import TURNS
 from tests.sim.search import Search
 from tests.sim.settings import SETTINGS
 from tests.sim.shape import SHAPES
@@ -33,9 +34,9 @@ def is_caught_by_the_search(name: str) -> bool:
     return False
 
 
-@pytest.mark.parametrize("name", [*BUGS, *AHEAD])
+@pytest.mark.parametrize("name", [*BUGS, *AHEAD, *TURNS])
 def test_a_planted_bug_is_caught(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    bug = (BUGS | AHEAD)[name]
+    bug = (BUGS | AHEAD | TURNS)[name]
     bug.plant(monkeypatch)
     if bug.hunted_in in SHAPES:
         assert is_caught_by_a_walk(bug.hunted_in), bug.sentence

@@ -10,6 +10,7 @@ from coordinator.core.events import Heartbeat, ValidationReport
 from shardlane.ids import Incarnation, Lane, MicroBatch, PlanNumber, Version
 from shardlane.lanes import Block, lane
 from shardlane.plan import Plan
+from shardlane.turns import place_of
 from tests.sim.links import ACTIVATION, GRADIENT, STANDING, VALIDATION, Inbox, Item, Link
 from tests.sim.member import MemberProcess
 from tests.sim.oracle import BrokenInvariant
@@ -19,6 +20,7 @@ from worker_service.core import events
 from worker_service.core.events import Key, Refusal
 from worker_service.core.schedule import Backward, Forward, Weights, schedule
 from worker_service.core.stepper import Phase, Stepper
+from worker_service.core.turns import TurnStepper
 from worker_service.pace import Pace
 
 if TYPE_CHECKING:
@@ -72,19 +74,22 @@ class Seat:
     def pull(self, pull: events.Pull) -> Iterator[Pause]:
         """Returns, by `StopIteration`, the version that supersedes it, if one does."""
         puller, world, version = self.puller, self.worker.world, pull.version
-        puller.ask(version)
-        yield lambda: puller.asked is not None and puller.asked.settled
-        asked = puller.asked
-        assert asked is not None
+        puller.open(version)
+        yield lambda: puller.asked[version].settled
+        asked = puller.asked[version]
         if asked.superseded is not None:
-            puller.cancel()
+            puller.drop(version)
+            if world.config.train.goes_by_turns:
+                self.worker.inbox.skip(version)
             return asked.superseded
         for chunk, history in asked.values.items():
             if not world.oracle.is_published(self.plan.timeline, chunk, version, history):
                 raise BrokenInvariant(f"8: version {version} of chunk {chunk} was read as {history}")
         if asked.values.keys() != {item.chunk.id for item in self.items}:
             raise BrokenInvariant(f"8: of version {version} only {sorted(asked.values)} were read")
-        self.parameters_version, self.published = version, pull.published
+        self.parameters_version = version
+        if not world.config.train.goes_by_turns:
+            self.published = pull.published
         self.pusher.begin(pull.published)
         self.worker.inbox.begin(pull.step, version, pull.published)
         for link in (self.above, self.below):
@@ -94,14 +99,25 @@ class Seat:
                     link.send(Item(STANDING, pull.published, 0))
         return None
 
+    def wait_turn(self, wait: events.Await) -> Iterator[Pause]:
+        """Returns, by `StopIteration`, the turn that may be taken next."""
+        for each in wait.numbers:
+            self.puller.ask(each)
+
+        def found() -> list[Version]:
+            return self.puller.come(wait.numbers) if wait.numbers else self.worker.inbox.offered(only_last=wait.only_last)
+
+        yield lambda: bool(found())
+        return min(found()) if wait.numbers else found()[0]
+
     def run(self, version: Version, blocks: tuple[Block, ...]) -> Iterator[Pause]:
         """The step of `version`. Every lane and stage reads what SSP says: nothing older, and nothing newer is waited for."""
         config = self.worker.world.config
-        if self.parameters_version != max(version - config.train.staleness, 0):
+        if self.parameters_version != config.train.reads(version):
             raise BrokenInvariant(f"4: step {version} is computed from version {self.parameters_version}")
         if config.goes_by_lanes:
             blocks = tuple(lane(each) for block in blocks for each in block.lanes)
-        self.worker.world.num["computed ahead"] += version > self.worker.world.version
+        self.worker.world.num["computed ahead"] += config.train.staleness > 0 and version > self.worker.world.version
         lanes = [MicroBatch(each) for block in blocks for each in block.lanes]
         world, due = self.worker.world, {block: set(block.lanes) for block in blocks}
         for action in schedule(world.config.pipeline.schedule, self.stage, len(self.chain), lanes):
@@ -128,22 +144,24 @@ class Seat:
 
     def _taken(self, kind: str, version: Version, index: int) -> Callable[[], bool]:
         items, key = self.worker.inbox, (kind, version, index)
+        goes_by_turns = self.worker.world.config.train.goes_by_turns
 
         def take() -> bool:
             self._was_skipped = False
             if key in items.items:
-                items.items.discard(key)
+                del items.items[key]
                 return True
             if items.is_skipped(key):
                 self._was_skipped = True
                 return True
-            return kind != VALIDATION and self._is_over(version)
+            self._was_skipped = kind == VALIDATION and goes_by_turns and self._is_over(version)
+            return (kind != VALIDATION and self._is_over(version)) or self._was_skipped
 
         return take
 
     def _is_over(self, version: Version) -> bool:
         """The next version is published, so nothing of this step is needed any more, and neighbours may have left it."""
-        return self.puller.published > version
+        return self.puller.is_past(version)
 
     def _add(self, step: Version, lane: Lane, due: dict[Block, set[int]]) -> None:
         """A block is pushed when its last lane is in."""
@@ -164,7 +182,15 @@ class Seat:
             if self.below is not None:
                 self.below.send(Item(VALIDATION, version, index))
             else:
-                self.worker.report(ValidationReport(self.worker.me, version, index, 1.0, 1))
+                self.worker.report(ValidationReport(self.worker.me, self._version_of(version), index, 1.0, 1))
+
+    def _version_of(self, number: Version) -> Version:
+        """As `worker_service/seat.py`."""
+        train = self.worker.world.config.train
+        if not train.goes_by_turns:
+            return number
+        place, turn = place_of(number, train.lanes)
+        return Version(turn if place == train.lanes else turn * train.lanes)
 
 
 class WorkerProcess(MemberProcess):
@@ -172,7 +198,7 @@ class WorkerProcess(MemberProcess):
 
     def __init__(self, world: World, incarnation: Incarnation, address: str) -> None:
         super().__init__(world, incarnation, address)
-        self.stepper = Stepper(incarnation, world.config)
+        self.stepper = (TurnStepper if world.config.train.goes_by_turns else Stepper)(incarnation, world.config)
         self.inbox = Inbox(self)
         self.seconds_a_lane = world.shape.seconds_a_lane * (0.5 + world.random.random())
         self.seat: Seat | None = None
@@ -239,7 +265,7 @@ class WorkerProcess(MemberProcess):
                     self.inbox.run_again(version, lane)
             case events.Begin() | events.Rest() | events.Leave():
                 self._work = deque([effect])
-            case events.Ask() | events.Pull() | events.Validate() | events.Run():
+            case events.Ask() | events.Await() | events.Pull() | events.Validate() | events.Run():
                 self._work.append(effect)
             case _:
                 assert_never(effect)
@@ -300,6 +326,9 @@ class WorkerProcess(MemberProcess):
         match work:
             case events.Ask(version):
                 seat.puller.ask(version)
+            case events.Await(attempt):
+                number = yield from seat.wait_turn(work)  # type: ignore[func-returns-value]
+                self.post(events.Offered(attempt, number))
             case events.Pull(attempt):
                 self._check_wait(work)
                 now = yield from seat.pull(work)  # type: ignore[func-returns-value]
@@ -318,6 +347,8 @@ class WorkerProcess(MemberProcess):
     def _check_wait(self, pull: events.Pull) -> None:
         """No lane waits for a version that its next step does not read: but at the end, before another seat, and while held."""
         train, stepper = self.world.config.train, self.stepper
+        if isinstance(stepper, TurnStepper):
+            return
         is_excused = stepper._awaited is not None or pull.step >= train.last_step or stepper.phase is Phase.HELD
         if pull.version > max(pull.step - train.staleness, 0) and not is_excused:
             raise BrokenInvariant(f"4: step {pull.step} waits for version {pull.version}, which it does not read")

@@ -43,7 +43,7 @@ class World:
         self.num = Counter[str]()  # what happened how often, so that a test sees that it got somewhere
         self.clock = Clock()
         self.network = Network(self.clock, self.random, shape.weather, self.num)
-        self.oracle = Oracle(self.layout, shape.num_lanes)
+        self.oracle = Oracle(self.layout, shape.num_lanes, self.config.train.goes_by_turns)
         self.store, self.disk = Store(), Disk()
         self.shards: dict[Incarnation, ShardProcess] = {}
         self.workers: dict[Incarnation, WorkerProcess] = {}
@@ -103,7 +103,10 @@ class World:
         if run.state is not RunState.FINISHED:
             raise StuckError(f"the run is {run.state.name}: {run.failure}")
         end = run.end_version
-        if end < self.config.train.last_step and not self.num["stop run"]:
+        is_short = end < self.config.train.last_step
+        if self.config.train.goes_by_turns and newest is not None:
+            is_short = sum(newest.clocks) < self.config.train.last_version
+        if is_short and not self.num["stop run"]:
             raise BrokenInvariant(f"4: the run ended at version {end}, and nobody asked for that")
         if newest is None or newest.version < end or run.version != end:
             raise BrokenInvariant(f"4: the run ended at version {run.version} of {end}, checkpoint {newest}")
@@ -132,6 +135,9 @@ class World:
                     lanes = [table.counted for table in held.barrier.sites]
                     acks = f"acks {sorted(held.acks)} awaited {sorted(held.awaited)}"
                     lines.append(f"    chunk {chunk} at {held.version} closed {held.closed is not None} lanes {lanes} {acks}")
+                    if held.clocks:
+                        ahead = {number: [site.counted for site in table.sites] for number, table in held.ahead.items()}
+                        lines.append(f"      turn {held.turn} of {held.clocks}, ahead {ahead}")
         for worker in self.workers.values():
             if worker.alive:
                 stepper = worker.stepper

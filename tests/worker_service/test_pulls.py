@@ -176,7 +176,7 @@ def test_nothing_is_written_once_cancelled(pulling: Pulling) -> None:
     pulling.take(0)
     pulling.puller.ask(Version(1))
     with pulling.puller._changed:
-        pulling.puller._asked.open = True  # type: ignore[union-attr]
+        pulling.puller._asked[Version(1)].open = True
     pulling.puller.cancel()
     pulling.publish(1)
     time.sleep(0.2)

@@ -77,6 +77,14 @@ class Ran:
 
 
 @dataclass(frozen=True, slots=True)
+class Offered:
+    """ASP: this turn may be taken next."""
+
+    attempt: int
+    number: Version
+
+
+@dataclass(frozen=True, slots=True)
 class Answered:
     """A push stream ended; what was refused of it."""
 
@@ -129,6 +137,7 @@ Event = (
     | Superseded
     | Validated
     | Ran
+    | Offered
     | Answered
     | PullEnded
     | PeerAhead
@@ -176,9 +185,19 @@ class Ask:
 
 
 @dataclass(frozen=True, slots=True)
+class Await:
+    """ASP: ask for `numbers`, and wait until one of them has come; without any, until the stage before sends something of a
+    turn, or of the last version alone. Ends in `Offered`."""
+
+    attempt: int
+    numbers: tuple[Version, ...]
+    only_last: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Pull:
     """Fill the parameters; ends in `Pulled` or `Superseded`. Then steps below `published` are closed, and those below `step` are
-    done here."""
+    done here; under ASP the turns of the same lane."""
 
     attempt: int
     version: Version
@@ -242,5 +261,5 @@ class Leave:
     """The run is over."""
 
 
-Work = Begin | Rest | Ask | Pull | Validate | Run | Leave  # in order, by the thread that computes
+Work = Begin | Rest | Ask | Await | Pull | Validate | Run | Leave  # in order, by the thread that computes
 Effect = Work | Abandon | Reroute | PushAgain | PushAllAgain | AskAbove | Reopen | TellBelow

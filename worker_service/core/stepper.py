@@ -35,6 +35,7 @@ from worker_service.core.events import (
     LaneAsked,
     LaneTold,
     Leave,
+    Offered,
     PeerAhead,
     PeerReseated,
     PlanAdopted,
@@ -125,6 +126,8 @@ class Stepper:
                 return [PushAllAgain(event.shard)] if self._has_pushed else []
             case LaneAsked():
                 return self._want(event.version, [event.lane])
+            case Offered():
+                return []  # of ASP
             case LaneTold():
                 return self._run_again(event.lane) if self._may_run_again(event.version, event.lane) else []
             case _:
