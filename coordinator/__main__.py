@@ -36,12 +36,18 @@ def parser(environment: Mapping[str, str]) -> ServiceParser:
     made.switch(
         "--fork-run", "go on from the newest checkpoint although the mathematics have changed: another run from its weights"
     )
+    made.text(
+        "--join-secret-file", "", "members show a join token that this secret signs (`shardlane certs` makes one); empty: none"
+    )
+    made.text("--status-bind", "127.0.0.1:0", "host:port of the status page, plain HTTP; empty: none")
+    made.text("--control-token-file", "", "who has the token in it may pause, resume and stop the run by the page; empty: nobody")
     made.add_serving()
     return made
 
 
 def main(arguments: Sequence[str], environment: Mapping[str, str]) -> int:
     from coordinator.service import CoordinatorService  # brings gRPC, which looks at its variables as it is loaded
+    from coordinator.status_page import StatusPage
     from shardlane import rpc
     from shardlane.metrics import Metrics
 
@@ -54,6 +60,10 @@ def main(arguments: Sequence[str], environment: Mapping[str, str]) -> int:
     logs.configure(config.log, role="coordinator")
     metrics = Metrics("coordinator")
     metrics_port = metrics.serve(flags.metrics_bind) if flags.metrics_bind else 0
+    page = None
+    if flags.status_bind:
+        token_file = Path(flags.control_token_file) if flags.control_token_file else None
+        page = StatusPage(flags.status_bind, metrics, token_file=token_file, is_insecure=flags.insecure)
     service = CoordinatorService(
         config,
         run_dir=run_dir,
@@ -62,16 +72,23 @@ def main(arguments: Sequence[str], environment: Mapping[str, str]) -> int:
         fork=flags.fork_run,
         metrics=metrics,
         network=rpc.Network.of(flags),
+        join_secret_file=Path(flags.join_secret_file) if flags.join_secret_file else None,
     )
     service.start()
+    if page is not None:
+        page.start(service.coordinator)
     try:
         if flags.ready_file:
             metrics_address = rpc.advertised_metrics(flags.metrics_bind, flags.advertise, metrics_port) if metrics_port else ""
             ready = {"address": service.address, "metrics_address": metrics_address, "pid": os.getpid(), "run_id": service.run_id}
+            if page is not None:
+                ready["status_address"] = rpc.advertised_metrics(flags.status_bind, flags.advertise, page.port)
             write_ready_file(Path(flags.ready_file), ready)
         logs.logger(role="coordinator", run=service.run_id).info("serving", address=service.address)
         return serve(service, lifetime, stay=flags.stay, drain_seconds=flags.drain_seconds)
     finally:
+        if page is not None:
+            page.close()
         service.stop()
         metrics.close()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
+from coordinator.core.overview import clock_spread, under_replicated
 from coordinator.core.run import Run
 from shardlane.metrics import Metrics
 from shardlane.plan import Role
@@ -27,11 +28,11 @@ class Instruments:
             "timeline_id": ("Roll-backs so far.", lambda: run.timeline.id),
             "under_replicated_chunks": (
                 "Chunks with fewer copies in sync than they are to have.",
-                lambda: _under_replicated(run),
+                lambda: under_replicated(run),
             ),
             "clock_spread_steps": (
                 "Between the worker that is furthest on and the one that is least, of those with a seat.",
-                lambda: _clock_spread(run),
+                lambda: clock_spread(run),
             ),
             "run_state": ("1 gathering, 2 training, 3 paused, 4 finishing, 5 finished, 6 failed.", lambda: run.state),
         }
@@ -49,20 +50,6 @@ class Instruments:
         self.plans = metrics.counter(name("plans_total"), "Plans made.")
         self.checkpoint_failures = metrics.counter(name("checkpoint_failures_total"), "Checkpoints that were not taken.")
         self.write_failures = metrics.counter(name("write_failures_total"), "Writes of rows or state that are to be repeated.")
-
-
-def _under_replicated(run: Run) -> float:
-    if run.plan is None:
-        return 0
-    cluster = run.config.cluster
-    copies = cluster.num_copies(cluster.shards)
-    return sum(len(placement.in_sync) < copies for placement in run.plan.placements)
-
-
-def _clock_spread(run: Run) -> float:
-    seated = {worker for replica in run.plan.replicas for worker in replica.workers} if run.plan else set()
-    steps = [state.version for state in run.members.states if state.registration.incarnation in seated]
-    return max(steps) - min(steps) if steps else 0
 
 
 def _count(run: Run, role: Role) -> float:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from coordinator.core.curve import Curve
 from coordinator.core.events import TrainingRow, ValidationRow
 from shardlane.files import append_to_file, replace_file
 from shardlane.ids import Version
@@ -24,6 +25,7 @@ class MetricsFile:
         self._pending: list[tuple[str, Version]] = []
         self.version = Version(0)
         self.validations: dict[Version, float] = {}
+        self.losses, self.validation_losses = Curve(), Curve()  # of what is there, and pending
         if version is not None:
             self.drop_after(version)
         else:
@@ -37,7 +39,9 @@ class MetricsFile:
     def append(self, row: TrainingRow | ValidationRow) -> None:
         """Takes a row for the next `flush`."""
         after = row.summary.step + 1 if isinstance(row, TrainingRow) else 0
-        self._pending.append((json.dumps(values_of(row), allow_nan=False) + "\n", Version(after)))
+        values = values_of(row)
+        self._pending.append((json.dumps(values, allow_nan=False) + "\n", Version(after)))
+        self._draw(values)
 
     def flush(self) -> None:
         """Makes pending rows durable, or raises `OSError`, keeps them, and leaves no half of them behind."""
@@ -57,6 +61,8 @@ class MetricsFile:
     def _rewrite(self, keep: Callable[[Row], bool]) -> None:
         """Atomically. A torn last line, of a crash, goes too."""
         self.validations = {}
+        self.losses.clear()
+        self.validation_losses.clear()
         try:
             lines = self._path.read_bytes().splitlines(keepends=True)
         except FileNotFoundError:
@@ -65,7 +71,13 @@ class MetricsFile:
         if kept != lines:
             replace_file(self._path, b"".join(kept))
 
+    def _draw(self, row: Row) -> None:
+        curve, loss = (self.validation_losses, row["val_loss"]) if "val_loss" in row else (self.losses, row.get("loss"))
+        if isinstance(loss, float):  # None: it was not finite
+            curve.add(row["step"], loss)
+
     def _note(self, row: Row) -> bool:
+        self._draw(row)
         if "val_loss" in row:
             self.validations[Version(row["step"])] = math.nan if row["val_loss"] is None else row["val_loss"]
         else:

@@ -48,12 +48,15 @@ class CoordinatorService:
         clock: Callable[[], float] = time.monotonic,
         metrics: Metrics | None = None,
         network: rpc.Network = rpc.PLAIN,
+        join_secret_file: Path | None = None,
     ) -> None:
         """Binds, and takes over the run of `run_dir`. Raises `UserError` in one of its kinds."""
         metrics = metrics or Metrics("coordinator")
         self._server = network.serve(bind)  # first: who cannot serve must not take the run from who does
         try:
-            self.coordinator = Coordinator(config, run_dir=run_dir, fork=fork, clock=clock, metrics=metrics)
+            self.coordinator = Coordinator(
+                config, run_dir=run_dir, fork=fork, clock=clock, metrics=metrics, join_secret_file=join_secret_file
+            )
         except Exception:
             self._server.stop()
             raise

@@ -47,8 +47,10 @@ class CoordinatorServicer:
     ) -> coordinator_pb2.RegisterResponse:
         registration = translation.registration_from_wire(request)
         check_caller(context, method=f"Register as {registration.role}", allowed=(registration.role,))
-        self._coordinator.register(registration)
-        return coordinator_pb2.RegisterResponse(lease_seconds=self._coordinator.config.cluster.lease_seconds)
+        readmission = self._coordinator.register(registration, request.join_token)
+        return coordinator_pb2.RegisterResponse(
+            lease_seconds=self._coordinator.config.cluster.lease_seconds, readmission=readmission
+        )
 
     def Heartbeat(
         self, request: coordinator_pb2.HeartbeatRequest, context: grpc.ServicerContext
@@ -107,8 +109,7 @@ class CoordinatorServicer:
     def GetStatus(
         self, request: coordinator_pb2.GetStatusRequest, context: grpc.ServicerContext
     ) -> coordinator_pb2.GetStatusResponse:
-        with self._coordinator.reading():
-            return status_of(self._coordinator.run, self._coordinator.now(), self._coordinator.waiting_for)
+        return status_of(self._coordinator, request.points)
 
     def Control(self, request: coordinator_pb2.ControlRequest, context: grpc.ServicerContext) -> coordinator_pb2.ControlResponse:
         self._coordinator.control(translation.control_from_wire(request.action))

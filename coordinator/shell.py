@@ -29,12 +29,15 @@ from coordinator.core.events import (
     Refusal,
     Registration,
     RunState,
+    TokenUse,
     TrainingRow,
     ValidationReport,
     ValidationRow,
 )
+from coordinator.core.history import Event, History
 from coordinator.core.run import Run
 from coordinator.dataset import read_dataset
+from coordinator.door import Door
 from coordinator.instruments import Instruments
 from coordinator.metrics_file import values_of
 from coordinator.session import open_session
@@ -42,7 +45,7 @@ from coordinator.store import FencedError, Store
 from coordinator.translation import checkpoint_from_wire, validation_from_wire
 from shardlane import wire
 from shardlane.config import Config, to_toml
-from shardlane.errors import IncompatibleError, MalformedError, NotReadyError, RequestError, UserError
+from shardlane.errors import ForbiddenError, IncompatibleError, MalformedError, NotReadyError, RequestError, UserError
 from shardlane.files import replace_file
 from shardlane.ids import Incarnation, PlanNumber, Version
 from shardlane.logs import logger
@@ -66,7 +69,14 @@ class Coordinator:
     """One run. Every public method may be called from any thread."""
 
     def __init__(
-        self, config: Config, *, run_dir: Path, fork: bool = False, clock: Clock = time.monotonic, metrics: Metrics
+        self,
+        config: Config,
+        *,
+        run_dir: Path,
+        fork: bool = False,
+        clock: Clock = time.monotonic,
+        metrics: Metrics,
+        join_secret_file: Path | None = None,
     ) -> None:
         """Takes over the run of `run_dir`. Raises `DataError`, `CheckpointError`, or `UserError` for a folder it cannot use."""
         self._clock = clock
@@ -78,12 +88,19 @@ class Coordinator:
         _prepare_folder(run_dir, config)
         self._store = Store(run_dir / "coordinator.sqlite")
         try:
+            self._door = Door(join_secret_file, self._store.token_uses(), metrics)
             session = open_session(config, self.dataset, self._store, run_dir=run_dir, root=self.root, fork=fork)
         except (OSError, sqlite3.Error) as error:
             self._store.close()
             raise UserError(f"cannot keep the run in {run_dir}: {error}; free the disk, or give another --run-dir") from error
+        except UserError:
+            self._store.close()
+            raise
         self._file = session.metrics_file
         self._ledger = session.ledger_file
+        self.losses, self.validation_losses = self._file.losses, self._file.validation_losses
+        begun = f"coordinator of term {self._store.term} has begun, at version {session.beginning.version}"
+        self.history = History(Event(time.time(), begun, is_warning=False))
         self.run = Run(config, session.beginning, now=clock())
         self.run_id = self.run.run_id
         self._log = logger(role="coordinator", run=self.run_id, step=lambda: self.run.version)
@@ -172,9 +189,10 @@ class Coordinator:
 
     # ---- events --------------------------------------------------------------------------------------------------------
 
-    def register(self, registration: Registration) -> None:
-        """Raises `IncompatibleError` or `MalformedError`."""
-        self._feed(lambda now: self.run.on_register(registration, now))
+    def register(self, registration: Registration, join_token: str = "") -> str:
+        """What admits it again; empty: nothing is needed. Raises `IncompatibleError`, `MalformedError` or `ForbiddenError`."""
+        self._feed(lambda now: self._door.admit(registration, join_token, lambda: self.run.on_register(registration, now)))
+        return self._door.readmission(registration)
 
     def heartbeat(self, beat: Heartbeat) -> None:
         """Raises `UnknownMemberError`."""
@@ -278,7 +296,7 @@ class Coordinator:
         try:
             while self._to_do:
                 self._do(self._to_do[0])
-                self._to_do.popleft()
+                self.history.take(self._to_do.popleft(), time.time())
             self._ledger.flush()  # first: a step is acknowledged, and forgotten by the shards, once its row is durable
             self._file.flush()
             while self._validated:
@@ -293,6 +311,8 @@ class Coordinator:
                 self._log.error("cannot write; trying again until it works", error=str(error))
             self._held_up = str(error)
         finally:
+            run = self.run
+            self.history.observe(run.state, run.version, run.checkpoint.version, self._clock(), time.time())
             self._changed.notify_all()
 
     def _do(self, effect: Effect) -> None:
@@ -306,6 +326,8 @@ class Coordinator:
                 self._store.keep_member(registration)
             case ForgetMember(incarnation):
                 self._store.forget_member(incarnation)
+            case TokenUse():
+                self._store.keep_use(effect, time.time())
             case TrainingRow(summary):
                 self._file.append(effect)
                 self._ledger.append(summary)
@@ -352,6 +374,7 @@ _FAULTS: dict[Fault, type[RequestError]] = {
     Fault.INCOMPATIBLE: IncompatibleError,
     Fault.MALFORMED: MalformedError,
     Fault.UNKNOWN_MEMBER: UnknownMemberError,
+    Fault.NOT_ADMITTED: ForbiddenError,
 }
 
 

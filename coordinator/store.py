@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 from coordinator.core.beginning import Saved
-from coordinator.core.events import Registration
+from coordinator.core.events import Registration, TokenUse
 from shardlane.errors import UserError
 from shardlane.ids import Incarnation, Version
 
@@ -42,6 +42,12 @@ CREATE TABLE IF NOT EXISTS reports (
     key TEXT NOT NULL,
     body BLOB NOT NULL,
     PRIMARY KEY (kind, version, key)
+);
+CREATE TABLE IF NOT EXISTS token_uses (
+    nonce TEXT PRIMARY KEY,
+    incarnation TEXT NOT NULL,
+    address TEXT NOT NULL,
+    expires_seconds INTEGER NOT NULL
 );
 """
 
@@ -142,6 +148,17 @@ class Store:
         """A roll-back to `version`: reports of later versions are void."""
         with self._writing() as connection:
             connection.execute("DELETE FROM reports WHERE version > ?", (version,))
+
+    def keep_use(self, use: TokenUse, unix_seconds: float) -> None:
+        """A join token was used; those that have expired by `unix_seconds` are forgotten. It outlives `begin`."""
+        with self._writing() as connection:
+            connection.execute("DELETE FROM token_uses WHERE expires_seconds <= ?", (int(unix_seconds),))
+            values = (use.nonce, use.incarnation, use.address, use.expires_seconds)
+            connection.execute("INSERT OR REPLACE INTO token_uses VALUES (?, ?, ?, ?)", values)
+
+    def token_uses(self) -> list[TokenUse]:
+        query = "SELECT nonce, incarnation, address, expires_seconds FROM token_uses"
+        return [TokenUse(*row) for row in self._connection.execute(query).fetchall()]
 
     def close(self) -> None:
         self._connection.close()

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from shardlane import logs
+from shardlane.credentials import Credential
 from shardlane.flags import ServiceParser
 from shardlane.process import Lifetime, exit_now, prepare_process, run_main, write_ready_file
 
@@ -33,7 +34,7 @@ def main(arguments: list[str], environment: Mapping[str, str]) -> int:
     lifetime = Lifetime()
     lifetime.install_signals()
     lifetime.watch_parent(environment)
-    run = fetch_run(flags.coordinator, run_id=flags.run_id, network=rpc.Network.of(flags))
+    run = fetch_run(flags.coordinator, run_id=flags.run_id, network=rpc.Network.of(flags), credential=Credential.of(flags))
     logs.configure(run.config.log, role="shard", run=run.run_id)
     prepare_process(run.config.numerics.threads)
 

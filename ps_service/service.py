@@ -72,6 +72,7 @@ class ShardService:
             metrics_address=self.metrics_address,
             run_id=run.run_id,
             network=run.network,
+            credential=run.credential,
         )
         self._stopping = threading.Event()
         self._failure: UserError | None = None

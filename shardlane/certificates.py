@@ -19,9 +19,11 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from shardlane.errors import UserError
 from shardlane.files import replace_file
+from shardlane.secret_file import ensure_secret
 from shardlane.tls import ROLES, name_of
 
 AUTHORITY_DAYS = 3650
+JOIN_SECRET = "join.secret"
 CLOCKS_DIFFER = timedelta(minutes=5)
 RENEWED_WITH_LEFT = 1 / 3  # of a certificate's life, as cert-manager does by itself
 
@@ -93,7 +95,7 @@ class Authority:
 
 
 def write_certificates(folder: Path, *, days: int) -> None:
-    """`ROLE.pem` and `ROLE.key` of every role, signed by the authority of the folder. Raises `UserError`."""
+    """`ROLE.pem` and `ROLE.key` of every role, signed by the folder's authority; a secret for join tokens. Raises `UserError`."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         authority = Authority.in_folder(folder)
@@ -101,6 +103,7 @@ def write_certificates(folder: Path, *, days: int) -> None:
             certificate, key = authority.issue([name_of(role)], days=days)
             replace_file(folder / f"{role}.key", key, mode=0o600)
             replace_file(folder / f"{role}.pem", certificate)
+        ensure_secret(folder / JOIN_SECRET)
     except OSError as error:
         raise UserError(f"cannot write certificates to {folder}: {error.strerror}") from error
 

@@ -52,7 +52,7 @@ class NotReadyError(RequestError):
 
 
 class ForbiddenError(RequestError):
-    """The caller's certificate is of a role that may not do this."""
+    """The caller's certificate is of a role that may not do this, or its join token does not let it in."""
 
 
 class IncompatibleError(RequestError):

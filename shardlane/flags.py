@@ -48,6 +48,9 @@ class ServiceParser:
         """Which run a member joins."""
         self.text("--coordinator", "", "host:port of the coordinator")
         self.text("--run-id", "", "the run to join; default: whichever the coordinator runs")
+        self.text("--join-token", "", "of `shardlane join-token`, where the run asks for one; it lets one process in, once")
+        self.text("--join-token-file", "", "the same in a file, where other users do not see it")
+        self.text("--join-secret-file", "", "the run's secret, with which this process makes itself a token: it may start again")
 
     def parse(self, arguments: list[str], *, required: tuple[str, ...]) -> argparse.Namespace:
         """Raises `UserError` for an unknown or a missing flag, an address that is none, or an open plain-text bind."""

@@ -20,6 +20,7 @@ import grpc
 from shardlane import config as configs
 from shardlane import rpc, wire
 from shardlane.config import Config
+from shardlane.credentials import NO_CREDENTIAL, Credential
 from shardlane.errors import MalformedError, UnreachableError
 from shardlane.ids import PROTOCOL_VERSION, ChunkId, Incarnation, PlanNumber, RunId, Version
 from shardlane.logs import logger
@@ -33,7 +34,12 @@ RETRY_SECONDS = 0.5
 PATIENCE_SECONDS = 60.0  # with a coordinator that does not answer when a process begins
 REPORTS_MAX = 4096  # that wait for the coordinator; the oldest gives way
 _SERVICE = coordinator_pb2.DESCRIPTOR.services_by_name["Coordinator"]
-_REFUSED = (grpc.StatusCode.FAILED_PRECONDITION, grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.UNIMPLEMENTED)
+_REFUSED = (
+    grpc.StatusCode.FAILED_PRECONDITION,
+    grpc.StatusCode.INVALID_ARGUMENT,
+    grpc.StatusCode.PERMISSION_DENIED,
+    grpc.StatusCode.UNIMPLEMENTED,
+)
 
 
 @dataclass(frozen=True)
@@ -45,6 +51,7 @@ class RunInfo:
     data_digest: str
     checkpoint_path: str  # a folder, or a prefix in an object store
     network: rpc.Network = rpc.PLAIN
+    credential: Credential = NO_CREDENTIAL
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +77,7 @@ def fetch_run(
     run_id: str = "",
     patience_seconds: float = PATIENCE_SECONDS,
     network: rpc.Network = rpc.PLAIN,
+    credential: Credential = NO_CREDENTIAL,
 ) -> RunInfo:
     """Asks the coordinator which run it has, again and again while it does not answer.
 
@@ -93,7 +101,7 @@ def fetch_run(
                 has_said = True
                 time.sleep(min(RETRY_SECONDS, max(0.0, end - time.monotonic())))
     config = configs.build(json.loads(response.config))
-    return RunInfo(RunId(response.run_id), config, response.data_digest, response.checkpoint_path, network)
+    return RunInfo(RunId(response.run_id), config, response.data_digest, response.checkpoint_path, network, credential)
 
 
 class Membership:
@@ -111,8 +119,10 @@ class Membership:
         run_id: str = "",
         memory_bytes: int = 0,
         network: rpc.Network = rpc.PLAIN,
+        credential: Credential = NO_CREDENTIAL,
     ) -> None:
         self.incarnation = incarnation
+        self._role, self._credential, self._readmission = role, credential, ""
         self._coordinator = coordinator
         self._registration = coordinator_pb2.RegisterRequest(
             protocol_version=PROTOCOL_VERSION,
@@ -165,12 +175,18 @@ class Membership:
         while True:
             try:
                 with rpc.user_errors(f"the coordinator at {self._coordinator}"):
-                    response = self._beat_client.Register(self._registration, timeout=rpc.CONTROL_DEADLINE_SECONDS)
-                break
+                    self._lease_seconds = self._register(rpc.CONTROL_DEADLINE_SECONDS)
+                return
             except UnreachableError:
                 if time.monotonic() >= end or self._stopping.wait(RETRY_SECONDS):
                     raise
-        self._lease_seconds = response.lease_seconds
+
+    def _register(self, timeout_seconds: float) -> float:
+        """The lease in seconds. The same life of this process is admitted again by what the first answer gave it."""
+        self._registration.join_token = self._credential.present(self._role, self._readmission)
+        response = self._beat_client.Register(self._registration, timeout=timeout_seconds)
+        self._readmission = response.readmission
+        return float(response.lease_seconds)
 
     def start(
         self,
@@ -286,7 +302,7 @@ class Membership:
             return None
         try:
             if isinstance(error, grpc.RpcError) and error.code() == grpc.StatusCode.NOT_FOUND:
-                self._lease_seconds = self._beat_client.Register(self._registration, timeout=BEAT_DEADLINE_SECONDS).lease_seconds
+                self._lease_seconds = self._register(BEAT_DEADLINE_SECONDS)
                 self._log.info("registered again")
                 self._beat_now.set()
                 return None

@@ -17,7 +17,7 @@ PURE, LIBRARY, CORE, WIRE, SHELL, SERVICER, TOP = range(7)
 # shardlane's modules by floor; one that is not named here stands on LIBRARY. A floor imports itself and what lies below.
 FLOORS = {
     **dict.fromkeys(("", "__version__", "ids", "errors", "config", "partition", "lanes", "samples", "rates", "plan"), PURE),
-    **dict.fromkeys(("cadence", "tally", "turns", "ledger", "presets", "sections", "train_config", "uris"), PURE),
+    **dict.fromkeys(("cadence", "tally", "turns", "ledger", "presets", "sections", "train_config", "uris", "join_token"), PURE),
     **dict.fromkeys(("pb", "wire", "rpc", "metrics", "member", "tls", "certificates", "kubernetes"), WIRE),
     **dict.fromkeys(("cli", "chaos"), TOP),
 }

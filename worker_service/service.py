@@ -104,6 +104,7 @@ class WorkerService:
             run_id=run.run_id,
             memory_bytes=memory_of(self._device),
             network=run.network,
+            credential=run.credential,
         )
         self._changed = threading.Condition()
         self._work: deque[events.Work] = deque()

@@ -114,6 +114,7 @@ class Fault(Enum):
     INCOMPATIBLE = "incompatible"  # another protocol, run or numerics class
     MALFORMED = "malformed"
     UNKNOWN_MEMBER = "unknown member"  # register anew
+    NOT_ADMITTED = "not admitted"  # by its join token
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +141,16 @@ class KeepMember:
 @dataclass(frozen=True, slots=True)
 class ForgetMember:
     incarnation: Incarnation
+
+
+@dataclass(frozen=True, slots=True)
+class TokenUse:
+    """Keep that a join token was used, and by whom, until it expires."""
+
+    nonce: str
+    incarnation: Incarnation
+    address: str
+    expires_seconds: int  # unix time
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,5 +205,14 @@ class Note:
 
 
 Effect = (
-    Announce | KeepMember | ForgetMember | TrainingRow | ValidationRow | DropRows | CommitCheckpoint | CheckpointFailed | Note
+    Announce
+    | KeepMember
+    | ForgetMember
+    | TokenUse
+    | TrainingRow
+    | ValidationRow
+    | DropRows
+    | CommitCheckpoint
+    | CheckpointFailed
+    | Note
 )

@@ -292,11 +292,3 @@ def _assign(
         loads[fullest] -= sizes[chunk]
         loads[emptiest] += sizes[chunk]
     return [owner for owner in owners if owner is not None]
-
-
-def num_primary(placements: Sequence[Placement], shards: Sequence[Incarnation]) -> list[int]:
-    """How many chunks each shard is primary for."""
-    counts = dict.fromkeys(shards, 0)
-    for placement in placements:
-        counts[placement.primary] += 1
-    return [counts[shard] for shard in shards]

@@ -10,7 +10,22 @@ os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")  # read when grpc is impo
 
 import typer
 
-from shardlane.cli import certs, chaos, control, digest, export, generate, ledger, local, prepare, reference, status, version
+from shardlane.cli import (
+    certs,
+    chaos,
+    control,
+    digest,
+    export,
+    generate,
+    join_token,
+    ledger,
+    local,
+    prepare,
+    reference,
+    status,
+    top,
+    version,
+)
 from shardlane.errors import ShardlaneError
 
 EXIT_INTERRUPTED = 130
@@ -24,7 +39,22 @@ app = typer.Typer(
     help="Trains Transformer language models with parameter shards and pipeline stages; the bits do not depend on how many.\n\n"
     "Begin with [bold]shardlane local configs/tiny.toml --run-dir runs/tiny[/bold], a few seconds on one machine.",
 )
-for module in (local, chaos, reference, prepare, status, control, digest, ledger, export, generate, certs, version):
+for module in (
+    local,
+    chaos,
+    reference,
+    prepare,
+    status,
+    top,
+    control,
+    digest,
+    ledger,
+    export,
+    generate,
+    certs,
+    join_token,
+    version,
+):
     module.register(app)
 
 

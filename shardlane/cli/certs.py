@@ -28,7 +28,9 @@ def register(app: typer.Typer) -> None:
 def certs(
     folder: Annotated[
         Path | None,
-        typer.Argument(help="Where the files are, or will be: ca.pem, ca.key, ROLE.pem, ROLE.key.", show_default=False),
+        typer.Argument(
+            help="Where the files are, or will be: ca.pem, ca.key, ROLE.pem, ROLE.key, join.secret.", show_default=False
+        ),
     ] = None,
     days: Annotated[int, typer.Option(min=1, help="How long a role's certificate is good.")] = 365,
     prefix: Annotated[
@@ -37,6 +39,7 @@ def certs(
     ] = "",
 ) -> None:
     """Make certificates for mutual TLS: an authority, and a certificate for each role (coordinator, shard, worker, operator).
+    Beside them a secret for `shardlane join-token`.
 
     An authority that is there is used again, so this renews, too: services take up new files for new connections by themselves.
     Of Secrets only those are filled that need it: empty ones, and those with less than a third of their time left.

@@ -33,10 +33,11 @@ class CoordinatorClient:
     def __exit__(self, _: type[BaseException] | None, __: BaseException | None, ___: TracebackType | None) -> None:
         self._channel.close()
 
-    def status(self, timeout_seconds: float = 5.0) -> GetStatusResponse:
-        """Raises `UnreachableError`, `UserError`."""
+    def status(self, timeout_seconds: float = 5.0, *, points: int = 0) -> GetStatusResponse:
+        """`points`: most of each curve; 0: without curves, events and checkpoints. Raises `UnreachableError`, `UserError`."""
+        request = coordinator_pb2.GetStatusRequest(points=points)
         with rpc.user_errors(self._what):
-            response: GetStatusResponse = self._client.GetStatus(coordinator_pb2.GetStatusRequest(), timeout=timeout_seconds)
+            response: GetStatusResponse = self._client.GetStatus(request, timeout=timeout_seconds)
         return response
 
     def control(self, action: ControlAction | str, timeout_seconds: float = 5.0) -> RunState:

@@ -6,7 +6,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -40,6 +40,10 @@ class Commands:
 
     coordinator: Command
     members: Callable[[str], Mapping[str, Command]]
+
+    def with_coordinator(self, *flags: str) -> Commands:
+        """The same, but for more flags of the coordinator."""
+        return replace(self, coordinator=[*self.coordinator, *flags])
 
 
 def service_commands(config: Config, folder: RunFolder, config_file: Path, *, fork: bool) -> Commands:
@@ -100,7 +104,7 @@ class Cluster:
                 address = self._start_coordinator()
                 on_accepted()
                 rows = RowsTail(self._folder.metrics_file)
-                self._started = {"coordinator": [*self._commands.coordinator, "--bind", address]}
+                self._started = {"coordinator": [*self._commands.coordinator, "--bind", address, *self._same_page()]}
                 for name, command in self._commands.members(address).items():
                     self._started[name] = command
                     self._supervisor.start(name, command)
@@ -136,6 +140,14 @@ class Cluster:
             raise UserError(f"the coordinator {child.how_it_ended} and could not say why in {child.log}; is the disk full?")
         self.complaint += last_lines(child)
         raise UserError(f"the coordinator {child.how_it_ended}; see {child.log}")
+
+    def _same_page(self) -> list[str]:
+        """For a coordinator that starts again: who looks at the status page goes on looking."""
+        page = self._folder.ready("coordinator").get("status_address")
+        if not page:
+            return []
+        self._view.note(f"status page: http://{page}/")
+        return ["--status-bind", str(page)]
 
     def _watch(self, client: CoordinatorClient, rows: RowsTail, interrupts: Interrupts) -> int:
         members_end_seconds: float | None = None

@@ -41,6 +41,12 @@ def local(
     replicas: Annotated[int | None, typer.Option("--replicas", metavar="R", help="Chains of workers, one a stage.")] = None,
     shards: Annotated[int | None, typer.Option("--shards", metavar="S", help="Parameter shards.")] = None,
     fork_run: ForkRun = False,
+    control_token_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--control-token-file", metavar="FILE", help="Who has the token in it may steer the run by the status page."
+        ),
+    ] = None,
     sample: Annotated[
         bool | None, typer.Option("--sample/--no-sample", help="End with generated text and an export; default: on a terminal.")
     ] = None,
@@ -55,10 +61,10 @@ def local(
     flags = {"cluster.stages": stages, "cluster.replicas": replicas, "cluster.shards": shards}
     config = load_config(context, config_file, flags)
     with_sample = sys.stdout.isatty() if sample is None else sample
-    raise typer.Exit(train(config, RunFolder(run_dir), fork=fork_run, with_sample=with_sample))
+    raise typer.Exit(train(config, RunFolder(run_dir), fork=fork_run, with_sample=with_sample, token_file=control_token_file))
 
 
-def train(config: Config, folder: RunFolder, *, fork: bool, with_sample: bool) -> int:
+def train(config: Config, folder: RunFolder, *, fork: bool, with_sample: bool, token_file: Path | None = None) -> int:
     """The exit status."""
     from shardlane.cli.ending import print_ending
     from shardlane.cli.live import choose_view
@@ -71,7 +77,10 @@ def train(config: Config, folder: RunFolder, *, fork: bool, with_sample: bool) -
         with choose_view(every_steps=config.log.every_steps, last_step=config.train.last_version) as view:
             open_data(config, folder, view.note)
             resolved = resolve(config, folder)
-            status, complaint = run_cluster(resolved, folder, view, fork=fork)
+            flags = [] if token_file is None else ["--control-token-file", str(token_file.absolute())]
+            status, complaint = run_cluster(
+                resolved, folder, view, fork=fork, arrange=lambda commands: commands.with_coordinator(*flags)
+            )
         print(*complaint, sep="\n", end="\n" if complaint else "", file=sys.stderr, flush=True)
         if status == 0:
             print_ending(resolved, folder, sample=with_sample)

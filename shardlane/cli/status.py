@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -18,6 +19,9 @@ shardlane status s3://bucket/demo
 
 shardlane status 10.0.0.5:7070 --json | jq .members[].metricsAddress"""
 
+POINTS = 512
+WIDTH_OFF_TERMINAL = 160
+
 
 def register(app: typer.Typer) -> None:
     app.command("status", epilog=EPILOG)(status)
@@ -28,15 +32,14 @@ def status(
     json: Annotated[bool, typer.Option("--json", help="All that the coordinator says, as JSON.")] = False,
     certs: Certs = None,
 ) -> None:
-    """Show where a run stands: its step and loss, who runs which stage and lanes, which shard holds how much.
+    """Show where a run stands: its step and loss, who runs which stage and lanes, which shard holds how much, what has happened.
 
     A run that nobody serves is described from its folder; of the URI of checkpoints they are listed.
     """
     from google.protobuf.json_format import MessageToJson
-    from rich.console import Console
 
     from shardlane.cli.client import CoordinatorClient, address_of, network_of
-    from shardlane.cli.live import Picture
+    from shardlane.cli.screen import Paint, lines_of
     from shardlane.errors import UnreachableError
 
     if "://" in target:
@@ -48,7 +51,7 @@ def status(
         return
     try:
         with CoordinatorClient(address, network_of(certs)) as client:
-            response = client.status()
+            response = client.status(points=POINTS)
     except UnreachableError as error:
         if address == target:
             raise
@@ -58,17 +61,8 @@ def status(
     if json:
         print(MessageToJson(response, always_print_fields_with_no_presence=True))
         return
-    picture = Picture(int(response.last_step))
-    picture.status = response
-    console = Console(width=None if sys.stdout.isatty() else 160)
-    console.print(picture)
-    newest = response.newest
-    if response.version:
-        console.print(
-            f"loss {newest.loss:.4f}  grad_norm {newest.grad_norm:.3f}  lr {newest.learning_rate:.2e}"
-            f"  tokens/s {response.tokens_per_second:,.0f}  checkpoint {response.newest_checkpoint or 'none yet'}",
-            highlight=False,
-        )
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else WIDTH_OFF_TERMINAL
+    print("\n".join(lines_of(response, width=width, paint=Paint(sys.stdout.isatty()))))
 
 
 def _describe_folder(path: Path) -> None:

@@ -130,7 +130,7 @@ class GetRunResponse(_message.Message):
     def __init__(self, run_id: _Optional[str] = ..., config: _Optional[str] = ..., data_digest: _Optional[str] = ..., checkpoint_path: _Optional[str] = ...) -> None: ...
 
 class RegisterRequest(_message.Message):
-    __slots__ = ("protocol_version", "role", "incarnation", "address", "numerics_class", "run_id", "metrics_address", "memory_bytes")
+    __slots__ = ("protocol_version", "role", "incarnation", "address", "numerics_class", "run_id", "metrics_address", "memory_bytes", "join_token")
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
@@ -139,6 +139,7 @@ class RegisterRequest(_message.Message):
     RUN_ID_FIELD_NUMBER: _ClassVar[int]
     METRICS_ADDRESS_FIELD_NUMBER: _ClassVar[int]
     MEMORY_BYTES_FIELD_NUMBER: _ClassVar[int]
+    JOIN_TOKEN_FIELD_NUMBER: _ClassVar[int]
     protocol_version: int
     role: Role
     incarnation: str
@@ -147,13 +148,16 @@ class RegisterRequest(_message.Message):
     run_id: str
     metrics_address: str
     memory_bytes: int
-    def __init__(self, protocol_version: _Optional[int] = ..., role: _Optional[_Union[Role, str]] = ..., incarnation: _Optional[str] = ..., address: _Optional[str] = ..., numerics_class: _Optional[str] = ..., run_id: _Optional[str] = ..., metrics_address: _Optional[str] = ..., memory_bytes: _Optional[int] = ...) -> None: ...
+    join_token: str
+    def __init__(self, protocol_version: _Optional[int] = ..., role: _Optional[_Union[Role, str]] = ..., incarnation: _Optional[str] = ..., address: _Optional[str] = ..., numerics_class: _Optional[str] = ..., run_id: _Optional[str] = ..., metrics_address: _Optional[str] = ..., memory_bytes: _Optional[int] = ..., join_token: _Optional[str] = ...) -> None: ...
 
 class RegisterResponse(_message.Message):
-    __slots__ = ("lease_seconds",)
+    __slots__ = ("lease_seconds", "readmission")
     LEASE_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    READMISSION_FIELD_NUMBER: _ClassVar[int]
     lease_seconds: float
-    def __init__(self, lease_seconds: _Optional[float] = ...) -> None: ...
+    readmission: str
+    def __init__(self, lease_seconds: _Optional[float] = ..., readmission: _Optional[str] = ...) -> None: ...
 
 class StepSummary(_message.Message):
     __slots__ = ("step", "loss", "grad_norm", "learning_rate", "tokens", "skipped", "requests", "tally")
@@ -297,27 +301,67 @@ class ReportCheckpointResponse(_message.Message):
     def __init__(self) -> None: ...
 
 class GetStatusRequest(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
+    __slots__ = ("points",)
+    POINTS_FIELD_NUMBER: _ClassVar[int]
+    points: int
+    def __init__(self, points: _Optional[int] = ...) -> None: ...
 
 class MemberStatus(_message.Message):
-    __slots__ = ("member", "metrics_address", "lease_age_seconds", "version", "activity", "plan")
+    __slots__ = ("member", "metrics_address", "lease_age_seconds", "version", "activity", "plan", "leaving")
     MEMBER_FIELD_NUMBER: _ClassVar[int]
     METRICS_ADDRESS_FIELD_NUMBER: _ClassVar[int]
     LEASE_AGE_SECONDS_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     ACTIVITY_FIELD_NUMBER: _ClassVar[int]
     PLAN_FIELD_NUMBER: _ClassVar[int]
+    LEAVING_FIELD_NUMBER: _ClassVar[int]
     member: Member
     metrics_address: str
     lease_age_seconds: float
     version: int
     activity: str
     plan: _tensor_pb2.PlanNumber
-    def __init__(self, member: _Optional[_Union[Member, _Mapping]] = ..., metrics_address: _Optional[str] = ..., lease_age_seconds: _Optional[float] = ..., version: _Optional[int] = ..., activity: _Optional[str] = ..., plan: _Optional[_Union[_tensor_pb2.PlanNumber, _Mapping]] = ...) -> None: ...
+    leaving: bool
+    def __init__(self, member: _Optional[_Union[Member, _Mapping]] = ..., metrics_address: _Optional[str] = ..., lease_age_seconds: _Optional[float] = ..., version: _Optional[int] = ..., activity: _Optional[str] = ..., plan: _Optional[_Union[_tensor_pb2.PlanNumber, _Mapping]] = ..., leaving: bool = ...) -> None: ...
+
+class Holding(_message.Message):
+    __slots__ = ("primary", "backup", "learner")
+    PRIMARY_FIELD_NUMBER: _ClassVar[int]
+    BACKUP_FIELD_NUMBER: _ClassVar[int]
+    LEARNER_FIELD_NUMBER: _ClassVar[int]
+    primary: int
+    backup: int
+    learner: int
+    def __init__(self, primary: _Optional[int] = ..., backup: _Optional[int] = ..., learner: _Optional[int] = ...) -> None: ...
+
+class Event(_message.Message):
+    __slots__ = ("unix_seconds", "text", "is_warning")
+    UNIX_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    TEXT_FIELD_NUMBER: _ClassVar[int]
+    IS_WARNING_FIELD_NUMBER: _ClassVar[int]
+    unix_seconds: float
+    text: str
+    is_warning: bool
+    def __init__(self, unix_seconds: _Optional[float] = ..., text: _Optional[str] = ..., is_warning: bool = ...) -> None: ...
+
+class CurvePoint(_message.Message):
+    __slots__ = ("step", "loss")
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    LOSS_FIELD_NUMBER: _ClassVar[int]
+    step: int
+    loss: float
+    def __init__(self, step: _Optional[int] = ..., loss: _Optional[float] = ...) -> None: ...
+
+class CheckpointSeen(_message.Message):
+    __slots__ = ("version", "unix_seconds")
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    UNIX_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    version: int
+    unix_seconds: float
+    def __init__(self, version: _Optional[int] = ..., unix_seconds: _Optional[float] = ...) -> None: ...
 
 class GetStatusResponse(_message.Message):
-    __slots__ = ("run_id", "run_name", "state", "reason", "version", "last_step", "newest", "tokens_per_second", "plan", "members", "waiting_for", "newest_checkpoint", "validation_loss", "chunks_by_shard")
+    __slots__ = ("run_id", "run_name", "state", "reason", "version", "last_step", "newest", "tokens_per_second", "plan", "members", "waiting_for", "newest_checkpoint", "validation_loss", "chunks_by_shard", "holdings", "under_replicated_chunks", "goodput", "goodput_tokens_per_second", "consistency", "staleness", "clock_spread_steps", "skipped_steps", "unix_seconds", "events", "losses", "validations", "checkpoints")
     RUN_ID_FIELD_NUMBER: _ClassVar[int]
     RUN_NAME_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
@@ -332,6 +376,19 @@ class GetStatusResponse(_message.Message):
     NEWEST_CHECKPOINT_FIELD_NUMBER: _ClassVar[int]
     VALIDATION_LOSS_FIELD_NUMBER: _ClassVar[int]
     CHUNKS_BY_SHARD_FIELD_NUMBER: _ClassVar[int]
+    HOLDINGS_FIELD_NUMBER: _ClassVar[int]
+    UNDER_REPLICATED_CHUNKS_FIELD_NUMBER: _ClassVar[int]
+    GOODPUT_FIELD_NUMBER: _ClassVar[int]
+    GOODPUT_TOKENS_PER_SECOND_FIELD_NUMBER: _ClassVar[int]
+    CONSISTENCY_FIELD_NUMBER: _ClassVar[int]
+    STALENESS_FIELD_NUMBER: _ClassVar[int]
+    CLOCK_SPREAD_STEPS_FIELD_NUMBER: _ClassVar[int]
+    SKIPPED_STEPS_FIELD_NUMBER: _ClassVar[int]
+    UNIX_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    EVENTS_FIELD_NUMBER: _ClassVar[int]
+    LOSSES_FIELD_NUMBER: _ClassVar[int]
+    VALIDATIONS_FIELD_NUMBER: _ClassVar[int]
+    CHECKPOINTS_FIELD_NUMBER: _ClassVar[int]
     run_id: str
     run_name: str
     state: RunState
@@ -346,7 +403,20 @@ class GetStatusResponse(_message.Message):
     newest_checkpoint: int
     validation_loss: float
     chunks_by_shard: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, run_id: _Optional[str] = ..., run_name: _Optional[str] = ..., state: _Optional[_Union[RunState, str]] = ..., reason: _Optional[str] = ..., version: _Optional[int] = ..., last_step: _Optional[int] = ..., newest: _Optional[_Union[StepSummary, _Mapping]] = ..., tokens_per_second: _Optional[float] = ..., plan: _Optional[_Union[Plan, _Mapping]] = ..., members: _Optional[_Iterable[_Union[MemberStatus, _Mapping]]] = ..., waiting_for: _Optional[str] = ..., newest_checkpoint: _Optional[int] = ..., validation_loss: _Optional[float] = ..., chunks_by_shard: _Optional[_Iterable[int]] = ...) -> None: ...
+    holdings: _containers.RepeatedCompositeFieldContainer[Holding]
+    under_replicated_chunks: int
+    goodput: float
+    goodput_tokens_per_second: float
+    consistency: str
+    staleness: int
+    clock_spread_steps: int
+    skipped_steps: int
+    unix_seconds: float
+    events: _containers.RepeatedCompositeFieldContainer[Event]
+    losses: _containers.RepeatedCompositeFieldContainer[CurvePoint]
+    validations: _containers.RepeatedCompositeFieldContainer[CurvePoint]
+    checkpoints: _containers.RepeatedCompositeFieldContainer[CheckpointSeen]
+    def __init__(self, run_id: _Optional[str] = ..., run_name: _Optional[str] = ..., state: _Optional[_Union[RunState, str]] = ..., reason: _Optional[str] = ..., version: _Optional[int] = ..., last_step: _Optional[int] = ..., newest: _Optional[_Union[StepSummary, _Mapping]] = ..., tokens_per_second: _Optional[float] = ..., plan: _Optional[_Union[Plan, _Mapping]] = ..., members: _Optional[_Iterable[_Union[MemberStatus, _Mapping]]] = ..., waiting_for: _Optional[str] = ..., newest_checkpoint: _Optional[int] = ..., validation_loss: _Optional[float] = ..., chunks_by_shard: _Optional[_Iterable[int]] = ..., holdings: _Optional[_Iterable[_Union[Holding, _Mapping]]] = ..., under_replicated_chunks: _Optional[int] = ..., goodput: _Optional[float] = ..., goodput_tokens_per_second: _Optional[float] = ..., consistency: _Optional[str] = ..., staleness: _Optional[int] = ..., clock_spread_steps: _Optional[int] = ..., skipped_steps: _Optional[int] = ..., unix_seconds: _Optional[float] = ..., events: _Optional[_Iterable[_Union[Event, _Mapping]]] = ..., losses: _Optional[_Iterable[_Union[CurvePoint, _Mapping]]] = ..., validations: _Optional[_Iterable[_Union[CurvePoint, _Mapping]]] = ..., checkpoints: _Optional[_Iterable[_Union[CheckpointSeen, _Mapping]]] = ...) -> None: ...
 
 class ControlRequest(_message.Message):
     __slots__ = ("action",)
