@@ -1,4 +1,4 @@
-"""Headless Chromium over its debugging pipe: a page as a person sees it. No driver, no socket; where there is none, tests skip."""
+"""Headless Chromium over its debugging pipe: a page as a person sees it. No driver and no socket; without one tests skip."""
 
 from __future__ import annotations
 
@@ -41,6 +41,7 @@ class Page:
 
     def open(self, url: str) -> None:
         self._call("Page.navigate", url=url)
+        self.until(f"location.href === {json.dumps(url)} && document.readyState === 'complete'")
 
     def ask(self, expression: str) -> Any:
         """The value of some JavaScript; of a promise what it comes to."""

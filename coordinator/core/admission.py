@@ -69,7 +69,7 @@ class Gate:
             return _refused(Outcome.REPLAYED, f"the join token was used by {use.incarnation}; each is good for one process")
         left_seconds = token.expires_seconds - unix_seconds
         if left_seconds <= 0:
-            reason = f"the join token expired {-left_seconds:.0f} s ago by the coordinator's clock; have a new one made"
+            reason = f"the join token expired {abs(left_seconds):.0f} s ago by the coordinator's clock; have a new one made"
             return _refused(Outcome.EXPIRED, reason)
         if left_seconds > join_token.VALID_SECONDS_MAX:
             most = join_token.VALID_SECONDS_MAX // 86_400

@@ -70,7 +70,8 @@
     const newest = status.newest, version = num(status.version);
     const fixed = (value, digits) => (newest ? num(value).toFixed(digits) : "–");
     const lag = status.consistency === "bsp" ? "BSP" : `${status.consistency.toUpperCase()}, staleness ${status.staleness}`;
-    const skipped = num(status.skippedSteps);
+    const skipped = num(status.skippedSteps), lacking = num(status.underReplicatedChunks);
+    const filling = status.holdings.reduce((sum, each) => sum + num(each.learner), 0);
     const tiles = [
       ["training loss", fixed(newest?.loss, 4), `grad norm ${fixed(newest?.gradNorm, 3)}`],
       ["validation loss", num(status.validationLoss) ? num(status.validationLoss).toFixed(4) : "–",
@@ -79,11 +80,11 @@
         skipped ? `${skipped} steps skipped` : "over the last steps"],
       ["goodput", num(status.goodput) ? `${(100 * num(status.goodput)).toFixed(1)} %` : "–",
         `${whole.format(num(status.goodputTokensPerSecond))} tokens/s count`],
-      ["clock spread", num(status.clockSpreadSteps) === 1 ? "1 step" : `${num(status.clockSpreadSteps)} steps`, lag],
+      ["clock spread", num(status.clockSpreadSteps) === 1 ? "1 step" : `${num(status.clockSpreadSteps)} steps`, `${lag}; as last told`],
       ["members", `${status.members.length}`, `plan ${num(status.plan?.number?.term)}.${num(status.plan?.number?.epoch)}, timeline ${num(status.plan?.timeline?.id)}`],
       ["checkpoint", num(status.newestCheckpoint) ? whole.format(num(status.newestCheckpoint)) : "none",
         num(status.newestCheckpoint) ? `${whole.format(version - num(status.newestCheckpoint))} steps ago` : "yet"],
-      ["chunks lacking a copy", `${num(status.underReplicatedChunks)}`, num(status.underReplicatedChunks) ? "being filled" : "all in sync"],
+      ["chunks lacking a copy", `${lacking}`, filling ? `${filling} being filled` : lacking ? "until a shard can take them" : "all in sync"],
     ];
     once("tiles", tiles, () => at("tiles").replaceChildren(
       ...tiles.map(([name, value, more]) => element("div", { class: "tile" }, element("span", {}, name), element("b", {}, value), element("span", {}, more)))));
