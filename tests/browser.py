@@ -1,4 +1,7 @@
-"""Headless Chromium over its debugging pipe: a page as a person sees it. No driver and no socket; without one tests skip."""
+"""Headless Chromium over its debugging pipe: a page as a person sees it. No driver and no socket; without one tests skip.
+
+python -m tests.browser HOST:PORT FOLDER    takes pictures of a status page
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,8 @@ import json
 import os
 import shutil
 import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -109,3 +114,20 @@ def browsing(program: str, profile: Path) -> Iterator[Page]:
             process.kill()
             process.wait()
         os.close(back)
+
+
+def shoot_both(address: str, folder: Path) -> None:
+    """The status page at a desk, and at night on a phone, once it has drawn a run."""
+    program = find()
+    assert program is not None, f"there is none of {', '.join(NAMES)}"
+    with tempfile.TemporaryDirectory() as profile, browsing(program, Path(profile)) as page:
+        for width, height, is_dark in ((1440, 900, False), (390, 844, True)):
+            page.resize(width, height, is_dark=is_dark)
+            page.open(f"http://{address}/")
+            page.until("document.querySelector('.seat') !== null && document.querySelector('#chart svg') !== null")
+            page.shoot(folder / f"status-page-{width}.png")
+        assert page.complaints == [], page.complaints
+
+
+if __name__ == "__main__":
+    shoot_both(sys.argv[1], Path(sys.argv[2]))

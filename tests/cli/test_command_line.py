@@ -19,7 +19,7 @@ from shardlane.tally import LaneRun, Tally
 TINY = Path(__file__).parents[2] / "configs" / "tiny.toml"
 COMMANDS = [
     *("local", "chaos", "reference", "prepare", "status", "pause", "resume", "checkpoint", "stop", "digest", "ledger"),
-    *("export", "generate"),
+    *("export", "generate", "top", "join-token"),
 ]
 
 
@@ -78,7 +78,10 @@ def test_no_arguments_show_help(capsys: pytest.CaptureFixture[str]) -> None:
         (["generate", "{tmp}", "--prompt", "a"], "is no run's folder"),
         (["status", "nowhere"], "neither a run's folder nor host:port"),
         (["status", "127.0.0.1:1"], "does not answer"),
+        (["top", "127.0.0.1:1", "--once"], "does not answer"),
+        (["top", "{tmp}"], "no coordinator serves"),
         (["pause", "{tmp}"], "the run is not running"),
+        (["join-token", "--secret", "{tmp}/none"], "cannot read the secret"),
     ],
 )
 def test_a_mistake_is_one_line_and_status_2(arguments: list[str], words: str, tmp_path: Path) -> None:

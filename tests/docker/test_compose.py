@@ -31,7 +31,7 @@ class Project:
     def __init__(self, repository: Path) -> None:
         self.name = f"shardlane-test-{secrets.token_hex(4)}"
         self._repository = repository
-        ours = {"SHARDLANE_IMAGE": f"{self.name}:latest", "COORDINATOR_PORT": "0", "PROMETHEUS_PORT": "0"}
+        ours = {"SHARDLANE_IMAGE": f"{self.name}:latest", "COORDINATOR_PORT": "0", "PROMETHEUS_PORT": "0", "STATUS_PORT": "0"}
         self._environment = {**os.environ, **ours}
 
     def compose(self, *arguments: str, seconds: float = 60, stdin: str = "") -> str:
@@ -146,6 +146,15 @@ def test_commands_reach_the_coordinator(project: Project) -> None:
     """As the head of docker-compose.yml says it."""
     shown = project.compose("run", "--rm", "-T", "prepare", "shardlane.cli", "status", "coordinator:7070")
     assert "replica 1" in shown and "shard 1" in shown
+
+
+def test_the_status_page_is_there_and_nobody_joined_without_a_token(project: Project) -> None:
+    address = project.compose("port", "coordinator", "8080").strip()
+    with urllib.request.urlopen(f"http://{address}/status.json", timeout=10) as response:
+        assert response.headers["X-Shardlane-Control"] == "off"
+        assert len(json.load(response)["members"]) == 6
+    assert (project.value('sum(shardlane_coordinator_joins_total{outcome="admitted"})') or 0) >= 6
+    assert project.value('sum(shardlane_coordinator_joins_total{outcome!~"admitted|repeated"})') == 0
 
 
 def test_containers_are_not_root_and_hold_no_installer(project: Project) -> None:
