@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from coordinator.core.admission import Gate, Outcome
-from coordinator.core.events import Effect, Refusal, Registration, TokenUse
+from coordinator.core.events import Effect, Note, Refusal, Registration, TokenUse
 from shardlane.errors import UserError
 from shardlane.join_token import readmission
 from shardlane.metrics import Metrics
@@ -45,7 +45,7 @@ class Door:
         verdict = self._gate.judge(registration, shown, secret=self._secret, unix_seconds=self._unix_clock())
         self._joins.labels(verdict.outcome.value).inc()
         if verdict.refusal is not None:
-            return verdict.refusal, []
+            return verdict.refusal, [Note(f"refused: {verdict.refusal.reason}", is_warning=True)]
         refusal, effects = register()
         if refusal is not None or verdict.use is None:
             return refusal, effects

@@ -5,11 +5,15 @@ from __future__ import annotations
 import shutil
 import sys
 import time
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from shardlane.cli.arguments import Certs, RunTarget
+
+if TYPE_CHECKING:
+    from shardlane.cli.client import CoordinatorClient
+    from shardlane.pb.coordinator_pb2 import GetStatusResponse
 
 EPILOG = """[bold]Examples[/bold]
 
@@ -53,13 +57,11 @@ def top(
         _watch(client, interval)
 
 
-def _watch(client: object, interval: float) -> None:
-    from shardlane.cli.client import CoordinatorClient
+def _watch(client: CoordinatorClient, interval: float) -> None:
+    """Until Ctrl-C. Raises `UserError` if the coordinator refuses."""
     from shardlane.cli.screen import Paint, lines_of
     from shardlane.errors import UnreachableError
-    from shardlane.pb.coordinator_pb2 import GetStatusResponse
 
-    assert isinstance(client, CoordinatorClient)
     status: GetStatusResponse | None = None
     heard_seconds = time.monotonic()
     sys.stdout.write(_SCREEN)

@@ -135,6 +135,8 @@ def test_who_has_no_right_token_is_refused_with_the_reason_and_counted(setting: 
             assert says in setting.refusal(token)
             assert setting.joins(outcome) == 1
         assert service.coordinator.members == [] and setting.joins("admitted") == 0
+        told = [event.text for event in service.coordinator.history.events if event.is_warning]
+        assert len(told) == len(shown) and told[0].startswith("refused: this run takes newcomers with a join token only")
 
 
 def test_a_replayed_token_is_refused_also_by_the_next_coordinator(setting: Setting) -> None:
