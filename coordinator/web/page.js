@@ -202,10 +202,15 @@
   function drawLost(isLost) {
     at("lost").hidden = !isLost;
     if (!isLost) return;
+    const last = known === null ? "" : word(known.state);
+    if (last === "finished" || last === "failed") {
+      at("lost").textContent = `The run has ${last}, and its coordinator has ended.`;
+      return;
+    }
     const ago = Math.round((performance.now() - (heard ?? since)) / 1000);
     at("lost").textContent = heard === null
       ? `The coordinator cannot be reached, for ${ago} s now.`
-      : `The coordinator cannot be reached. What is shown is ${ago} s old; training goes on without it.`;
+      : `The coordinator cannot be reached. What is shown is ${ago} s old; a run that goes on trains without it.`;
     at("state").textContent = "not reached";
     at("state").className = "badge bad";
   }

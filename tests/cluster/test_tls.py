@@ -16,7 +16,7 @@ from cryptography import x509
 
 from shardlane import config as configs
 from shardlane import rpc
-from shardlane.certificates import Authority, write_certificates
+from shardlane.certificates import JOIN_SECRET, Authority, write_certificates
 from shardlane.cli.__main__ import main
 from shardlane.config import Config
 from shardlane.errors import UserError
@@ -56,9 +56,10 @@ def cluster(tmp_path_factory: pytest.TempPathFactory, certs: Path) -> Iterator[C
         yield made
 
 
-def test_a_cluster_trains_to_the_same_bits(tmp_path: Path, certs: Path, config: Config) -> None:
+def test_a_cluster_trains_to_the_same_bits_also_with_join_tokens(tmp_path: Path, certs: Path, config: Config) -> None:
     digest, _ = train_reference(config, ensure_prepared(config, tmp_path, lambda line: None))
-    with running(config, tmp_path, network_of=lambda role: rpc.Network(Tls.in_folder(certs, role))) as made:
+    networks = lambda role: rpc.Network(Tls.in_folder(certs, role))  # noqa: E731
+    with running(config, tmp_path, network_of=networks, join_secret_file=certs / JOIN_SECRET) as made:
         made.wait()
     assert digest_of(tmp_path) == digest
 

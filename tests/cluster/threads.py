@@ -13,6 +13,7 @@ from coordinator.service import CoordinatorService
 from ps_service.service import ShardService
 from shardlane import rpc
 from shardlane.config import Config
+from shardlane.credentials import Credential
 from shardlane.data import TokenFolder
 from shardlane.digest import checkpoint_digest
 from shardlane.manifest import newest_complete
@@ -33,15 +34,19 @@ class Cluster:
         *,
         fork: bool = False,
         network_of: Callable[[str], rpc.Network] = lambda role: rpc.PLAIN,
+        join_secret_file: Path | None = None,
     ) -> None:
-        """`network_of` gives a role's."""
+        """`network_of` gives a role's; members make their join tokens with the secret."""
         self.run_dir = run_dir
-        self.coordinator = CoordinatorService(config, run_dir=run_dir, fork=fork, network=network_of("coordinator"))
+        self.coordinator = CoordinatorService(
+            config, run_dir=run_dir, fork=fork, network=network_of("coordinator"), join_secret_file=join_secret_file
+        )
         self.coordinator.start()
         address, shape = self.coordinator.address, config.cluster
-        self.run = fetch_run(address, network=network_of("shard"))
+        credential = Credential(secret_file=join_secret_file)
+        self.run = fetch_run(address, network=network_of("shard"), credential=credential)
         self.shards = [ShardService(address, self.run) for _ in range(shape.shards)]
-        run = fetch_run(address, network=network_of("worker"))
+        run = fetch_run(address, network=network_of("worker"), credential=credential)
         self.workers = [WorkerService(address, run, device="cpu") for _ in range(shape.stages * shape.replicas)]
         for member in (*self.shards, *self.workers):
             member.start()
@@ -64,8 +69,9 @@ def running(
     *,
     fork: bool = False,
     network_of: Callable[[str], rpc.Network] = lambda role: rpc.PLAIN,
+    join_secret_file: Path | None = None,
 ) -> Iterator[Cluster]:
-    cluster = Cluster(config, run_dir, fork=fork, network_of=network_of)
+    cluster = Cluster(config, run_dir, fork=fork, network_of=network_of, join_secret_file=join_secret_file)
     try:
         yield cluster
     finally:

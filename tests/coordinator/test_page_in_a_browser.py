@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 
 from coordinator.core.events import RunState
+from coordinator.status_page import StatusPage
+from shardlane.metrics import Metrics
 from tests import browser
 from tests.browser import Page
 from tests.coordinator.page_client import TOKEN, Site, site
-from tests.coordinator.test_service import until
+from tests.coordinator.test_service import NAMES, cluster, until
 
 PROGRAM = browser.find()
 pytestmark = [
@@ -87,6 +89,25 @@ def test_without_a_token_file_there_is_nothing_to_press(tmp_path: Path, tab: Pag
     with site(tmp_path, has_token=False) as run:
         look(tab, run)
         assert tab.ask("document.getElementById('control').hidden")
+
+
+def test_before_anybody_is_here_it_says_who_is_missing_and_after_the_end_that_it_is_over(tmp_path: Path, tab: Page) -> None:
+    page = StatusPage("127.0.0.1:0", Metrics("coordinator"))
+    with cluster(tmp_path, validation__num_micro_batches=0) as run:
+        page.start(run.service.coordinator)
+        tab.resize(390, 844)
+        tab.complaints.clear()
+        tab.open(f"http://127.0.0.1:{page.port}/")
+        tab.until(text("state"), lambda found: found == "gathering")
+        assert tab.ask(text("why")).startswith("waiting for 2 more shards") and "none yet" in tab.ask(text("checkpoints"))
+        run.register(*NAMES)
+        run.beat("shard 1", 0, 1, 2, 3)
+        run.checkpoint(4)
+        tab.until(text("state"), lambda found: found == "finished")
+        page.close()
+        tab.until("!document.getElementById('lost').hidden")
+        assert tab.ask(text("lost")) == "The run has finished, and its coordinator has ended."
+        assert [each for each in tab.complaints if "ERR_CONNECTION_REFUSED" not in each] == []
 
 
 def test_a_lost_coordinator_is_said(tmp_path: Path, tab: Page) -> None:
