@@ -114,7 +114,7 @@ class Account:
     num_entries: int = 0  # with those that are superseded
     num_micro_batches: int = 0
     lanes: list[Lane | None] = field(default_factory=list)  # ASP: whose each of the steps that stand is
-    restarts: set[int] = field(default_factory=set)  # versions that timelines began with
+    restarts: list[int] = field(default_factory=list)  # versions that timelines began with, each once, rising
     roll_backs: list[RollBack] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)  # a line each, by step; superseded entries have none
 
@@ -145,7 +145,7 @@ def judge(lines: Iterable[bytes], expects: Expected, *, reached: int = 0) -> Acc
         if isinstance(item, TimelineStart):
             account.first_step = item.version if start is None else min(account.first_step, item.version)
             start, account.expects = item, item.expects
-            account.restarts = {each for each in account.restarts if each < item.version} | {item.version}
+            account.restarts = [*(each for each in account.restarts if each < item.version), item.version]
             _supersede(account, standing, item)
             continue
         account.num_entries += 1

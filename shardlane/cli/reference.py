@@ -81,7 +81,7 @@ def order_of(config: Config, ledger: Path, end: int | None = None) -> Order:
     if account.faults or account.first_step:
         fault = account.faults[0] if account.faults else f"it begins at version {account.first_step}"
         raise UserError(f"{ledger} tells of no run that could be repeated: {fault}")
-    return Order(lanes[:end], frozenset(account.restarts - {0}))
+    return Order(lanes[:end], frozenset(each for each in account.restarts if each))
 
 
 def train(config: Config, folder: RunFolder, tokens: TokenFolder, view: View, *, fork: bool, order: Order | None = None) -> None:

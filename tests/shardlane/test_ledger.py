@@ -32,7 +32,7 @@ def faults(*lines: bytes, reached: int = 0) -> list[str]:
 
 def test_an_undisturbed_run_is_proved() -> None:
     account = judge([start(), *entries(0, 10)], EXPECTS, reached=10)
-    assert account == Account(EXPECTS, 0, 10, 0, 10, 80, restarts={0})
+    assert account == Account(EXPECTS, 0, 10, 0, 10, 80, restarts=[0])
 
 
 def test_what_a_config_makes_of_a_step() -> None:
