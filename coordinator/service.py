@@ -52,6 +52,8 @@ class CoordinatorService:
     ) -> None:
         """Binds, and takes over the run of `run_dir`. Raises `UserError` in one of its kinds."""
         metrics = metrics or Metrics("coordinator")
+        if network.tls is not None:
+            metrics.watch_certificate(network.tls.expiry)
         self._server = network.serve(bind)  # first: who cannot serve must not take the run from who does
         try:
             self.coordinator = Coordinator(

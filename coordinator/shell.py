@@ -321,17 +321,19 @@ class Coordinator:
                 self._store.save_plan(wire.plan_to_wire(plan).SerializeToString(), plan.timeline.id)
                 self._announced = plan
                 self._ledger.begin(plan.timeline, plan.reason)
-                self._instruments.plans.inc()
+                self._instruments.planned()
             case KeepMember(registration):
                 self._store.keep_member(registration)
-            case ForgetMember(incarnation):
+                self._instruments.joins.labels(registration.role).inc()
+            case ForgetMember(incarnation, farewell):
                 self._store.forget_member(incarnation)
+                self._instruments.lost(incarnation, farewell, self._announced)
             case TokenUse():
                 self._store.keep_use(effect, time.time())
             case TrainingRow(summary):
                 self._file.append(effect)
                 self._ledger.append(summary)
-                self._instruments.tokens.inc(summary.tokens)
+                self._instruments.stepped(summary.tokens)
                 if summary.skipped or summary.step % self.config.log.every_steps == 0:
                     self._log.info("trained", **values_of(effect))
             case ValidationRow(version):

@@ -87,6 +87,12 @@ class Outbox:
                 (self._heavy if parcel.tensors else self._light).waiting.append(parcel)
                 self._changed.notify_all()
 
+    @property
+    def num_bytes(self) -> int:
+        """Of tensors that wait."""
+        with self._changed:
+            return sum(tensor.nbytes for parcel in self._heavy.waiting for tensor in parcel.tensors)
+
     def drop(self) -> None:
         """Nothing that waits need be sent any more: it is of a plan that is past. Called under the shard's lock."""
         with self._changed:

@@ -39,6 +39,8 @@ class ShardService:
         configure_torch(run.config.numerics)
         self.me: Incarnation = new_incarnation("shard")
         self.metrics = Metrics("shard")
+        if run.network.tls is not None:
+            self.metrics.watch_certificate(run.network.tls.expiry)
         self.shard = Shard(
             self.me,
             run.config,

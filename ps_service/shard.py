@@ -16,6 +16,7 @@ from torch import Tensor
 from ps_service.core.commit import decide
 from ps_service.core.holdings import Terms
 from ps_service.core.messages import (  # fmt: skip
+    Ack,
     Alarm,
     Announce,
     Answer,
@@ -152,13 +153,21 @@ class Shard:
     def deliver(self, envelope: Envelope, values: Sequence[Tensor]) -> None:
         """A message of another shard. `values`: what came along, from `store.pool`. Raises `StaleError`."""
         with self._lock:
-            self._do(self._core.on_message(envelope), values=values, message=envelope.message)
+            effects = self._core.on_message(envelope)
+            if isinstance(envelope.message, Ack):
+                self.instruments.acknowledged(envelope.message.chunks, envelope.message.step)
+            self._do(effects, values=values, message=envelope.message)
 
     def tick(self) -> None:
         """Sends again what is not known to have arrived; called when nothing has moved for a while."""
         with self._lock:
             if self._core.plan is not None:
                 self._do(self._core.on_tick())
+
+    @property
+    def num_outbox_bytes(self) -> int:
+        """Of tensors that wait to be sent to other shards."""
+        return sum(outbox.num_bytes for outbox in list(self._outboxes.values()))
 
     def waits_for(self) -> str:
         with self._lock:
@@ -254,11 +263,13 @@ class Shard:
                     self.store.join(effect)
                 case Close():
                     square_norm, digest = self.store.close(effect)
+                    self.instruments.closed(effect.chunk, Step(self._core.chunks[effect.chunk].version))
                     todo.extend(self._core.on_measured(effect.chunk, square_norm=square_norm, digest=digest))
                 case KeepSum():
                     self.store.keep_sum(effect.chunk, values[0])
                 case Compare(chunk, sender, digest):
                     is_equal = self.store.parameters_digest(chunk) == digest
+                    self.instruments.digest_mismatches.inc(not is_equal)
                     todo.extend(self._core.on_compared(chunk, sender, is_equal=is_equal))
                 case KeepState():
                     assert isinstance(message, Refill)
@@ -269,6 +280,7 @@ class Shard:
                     applied[effect].result()
                 case Publish():
                     self.publications.publish(effect.chunk, effect.version, effect.clocks)
+                    self.instruments.published(effect.chunk, effect.version)
                 case DropSums():
                     self.store.drop_sums(effect.chunk, keep_closed=effect.keep_closed)
                 case Forget():

@@ -81,6 +81,12 @@ class Metrics:
     ) -> Histogram:
         return Histogram(_checked(name), help, labels, buckets=buckets, registry=self.registry)
 
+    def watch_certificate(self, expiry: Callable[[], float]) -> None:
+        """`expiry`: Unix time. For a process that has one."""
+        name = "shardlane_certificate_expiry_timestamp_seconds"
+        help = "When this process's certificate, or its authority's, runs out; NaN: it cannot be read."
+        self.gauge(name, help).set_function(expiry)
+
     def observer(self, kind: str, service: str, method: str, behaviour: Behaviour) -> Behaviour:
         """An `rpc.Observer`: counts the calls of one method, their messages, codes and seconds."""
         return self._calls.watch(kind, service, method, behaviour)

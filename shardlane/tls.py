@@ -7,12 +7,14 @@ and gRPC refuses a server whose certificate has not that name. A server takes it
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import grpc
+from cryptography import x509
 
 from shardlane.errors import ForbiddenError, UserError
 
@@ -77,6 +79,18 @@ class Tls:
         self._last[:] = [first]
         renewed: Any = self._renewed  # the stubs know no None, which gRPC takes for "as before"
         return grpc.dynamic_ssl_server_credentials(_configuration(first), renewed, require_client_authentication=True)
+
+    def expiry(self) -> float:
+        """When the files, as they lie there now, are not good any more, as Unix time; NaN if they cannot be read. Of several
+        authorities, as there are while one succeeds another, the last counts.
+        """
+        try:
+            files = self._read()
+            own, authorities = (x509.load_pem_x509_certificates(each) for each in (files.certificate, files.ca))
+        except (UserError, ValueError):
+            return math.nan
+        ends = [each.not_valid_after_utc.timestamp() for each in own]
+        return min(*ends, max(each.not_valid_after_utc.timestamp() for each in authorities))
 
     def _renewed(self) -> grpc.ServerCertificateConfiguration | None:
         """None: as before. What cannot be read, in the midst of being replaced, stays as it was."""

@@ -20,6 +20,11 @@ def memory_of(device: torch.device) -> int:
     return next((int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:")), 0)
 
 
+def memory_taken(device: torch.device) -> int:
+    """Bytes of a CUDA device that torch holds; 0 on a CPU."""
+    return torch.cuda.memory_reserved(device) if device.type == "cuda" else 0
+
+
 def pick_device(name: str) -> torch.device:
     """`auto` is CUDA where there is one. Raises `UserError`."""
     if name == "cuda" and not torch.cuda.is_available():

@@ -42,7 +42,25 @@ class WorkerInstruments:
         )
         self.broken_streams = metrics.counter("shardlane_worker_broken_streams_total", "Streams to neighbours that broke.")
 
-    def watch(self, inbox_bytes: Callable[[], float], push_queue_bytes: Callable[[], float], residuals: Residuals) -> None:
+        self._seat = metrics.gauge(
+            "shardlane_worker_seat_info",
+            "1 for the seat that this worker has in the plan; none: it is a spare.",
+            ("replica", "stage"),
+        )
+
+    def sit(self, seat: tuple[int, int] | None) -> None:
+        """(replica, stage); None: it has no seat any more."""
+        self._seat.clear()
+        if seat is not None:
+            self._seat.labels(*seat).set(1)
+
+    def watch(
+        self,
+        inbox_bytes: Callable[[], float],
+        push_queue_bytes: Callable[[], float],
+        device_bytes: Callable[[], float],
+        residuals: Residuals,
+    ) -> None:
         gauge = self._gauge
         gauge("shardlane_worker_residual_norm", "L2 norm of the gradients that top-k has left out so far.").set_function(
             lambda: residuals.norm
@@ -50,6 +68,9 @@ class WorkerInstruments:
         begun = gauge("shardlane_worker_residuals_begun", "Lanes' chunks begun without what an earlier worker has left out.")
         begun.set_function(lambda: residuals.num_begun)
         gauge("shardlane_worker_inbox_bytes", "Received from neighbours and not used yet.").set_function(inbox_bytes)
+        gauge("shardlane_worker_device_memory_bytes", "Memory of a CUDA device that torch holds; 0 on a CPU.").set_function(
+            device_bytes
+        )
         gauge("shardlane_worker_push_queue_bytes", "Gradients not sent yet.").set_function(push_queue_bytes)
 
     @contextmanager

@@ -153,6 +153,11 @@ class Seat:
             del self._clients[shard]
             self._channels.pop(shard).close()
 
+    @property
+    def place(self) -> tuple[int, int] | None:
+        """(replica, stage), as the newest plan numbers them."""
+        return self._plan.seat(self._around.me)
+
     def _worker(self, stage: int) -> Incarnation | None:
         return self._chain[stage] if 0 <= stage < len(self._chain) else None
 

@@ -27,7 +27,7 @@ from worker_service.attempt import Abandoned, Attempt
 from worker_service.core import events
 from worker_service.core.stepper import Stepper
 from worker_service.core.turns import TurnStepper
-from worker_service.device import memory_of, pick_device
+from worker_service.device import memory_of, memory_taken, pick_device
 from worker_service.inbox import Direction, Inbox
 from worker_service.instruments import WorkerInstruments
 from worker_service.links import CALLERS, SERVICE
@@ -72,6 +72,8 @@ class WorkerService:
         configure_torch(run.config.numerics)
         self._device = pick_device(device)
         self.metrics = Metrics("worker")
+        if run.network.tls is not None:
+            self.metrics.watch_certificate(run.network.tls.expiry)
         self.instruments = WorkerInstruments(self.metrics)
         self._staging = Staging(self._device)
         self.stepper = (TurnStepper if run.config.train.goes_by_turns else Stepper)(self.me, run.config)
@@ -119,7 +121,10 @@ class WorkerService:
         self._thread = threading.Thread(target=self._main, name="compute", daemon=True)
         self._residuals = Residuals(1 + self.config.train.staleness)
         self.instruments.watch(
-            lambda: self.inbox.num_bytes, lambda: self._seat.push_queue_bytes if self._seat else 0, self._residuals
+            lambda: self.inbox.num_bytes,
+            lambda: self._seat.push_queue_bytes if self._seat else 0,
+            lambda: memory_taken(self._device),
+            self._residuals,
         )
         self._around = self._surroundings()
 
@@ -206,6 +211,7 @@ class WorkerService:
                 self._routing = effect.plan
                 if seat is not None:
                     seat.reroute(effect.plan)
+                    self.instruments.sit(seat.place)
             case events.PushAgain() if seat is not None:
                 seat.push_again(effect.keys)
             case events.PushAllAgain() if seat is not None:
@@ -314,7 +320,10 @@ class WorkerService:
                     if self._routing is not None:
                         seat.reroute(self._routing)  # it came while this seat was on its way
                     self._seat = seat
+                    self.instruments.sit(seat.place)
             case events.Rest():
+                with self._changed:
+                    self.instruments.sit(None)
                 self.inbox.open(work.plan.number, None)
             case events.Leave():
                 self._ended.set()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum, IntEnum
+from typing import Literal, get_args
 
 from shardlane.ids import ChunkId, Incarnation, PlanNumber, RunId, Step, Version
 from shardlane.plan import Plan, Role
@@ -138,9 +139,16 @@ class KeepMember:
     registration: Registration
 
 
+Farewell = Literal["left", "silent", "connection_refused", "replaced"]
+FAREWELLS: tuple[Farewell, ...] = get_args(Farewell)
+
+
 @dataclass(frozen=True, slots=True)
 class ForgetMember:
+    """`farewell`: it had said that it would go; its lease ran out; nobody listens at its address; a newcomer has that."""
+
     incarnation: Incarnation
+    farewell: Farewell
 
 
 @dataclass(frozen=True, slots=True)

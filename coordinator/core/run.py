@@ -155,8 +155,8 @@ class Run:
         if not answer.is_new:
             return None, []
         effects: list[Effect] = [KeepMember(registration)]
-        for incarnation in answer.succeeded:
-            effects += [ForgetMember(incarnation), Note(f"{incarnation} is dead: {registration.incarnation} has its address")]
+        for dead in answer.succeeded:
+            effects += [ForgetMember(dead, "replaced"), Note(f"{dead} is dead: {registration.incarnation} has its address")]
         effects.append(Note(f"{registration.incarnation} joined from {registration.address}"))
         if answer.warning:
             effects.append(Note(f"{answer.warning}; bits may differ from a run of one class", is_warning=True))
@@ -260,14 +260,14 @@ class Run:
         if self.has_ended or not self.members.drop(incarnation):
             return []
         said = Note(f"{incarnation} has left") if has_left else Note(f"{incarnation} is dead: {reason}", is_warning=True)
-        return [ForgetMember(incarnation), said, *self._reconsider(now)]
+        return [ForgetMember(incarnation, "left" if has_left else "connection_refused"), said, *self._reconsider(now)]
 
     def on_tick(self, now: float) -> list[Effect]:
         """Time has passed."""
         effects: list[Effect] = []
         for incarnation, seconds in self.members.expire(now):
             said = f"{incarnation} was silent for {seconds:.1f} s"
-            effects += [ForgetMember(incarnation), Note(said, is_warning=not self.has_ended)]
+            effects += [ForgetMember(incarnation, "silent"), Note(said, is_warning=not self.has_ended)]
         is_due = now - self._looked_seconds > LOOK_SECONDS and self.state is RunState.TRAINING
         return effects + (self._reconsider(now) if effects or is_due or self.is_suspended else [])
 

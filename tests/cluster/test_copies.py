@@ -30,7 +30,9 @@ def test_a_flipped_bit_in_a_backup_is_found_and_mended(tmp_path: Path) -> None:
         with stored.lock:
             stored.optimizer.parameter.data.view(torch.int32)[0] ^= 1
         cluster.wait()
-        alarms = [each.metrics.registry.get_sample_value("shardlane_shard_alarms_total") for each in cluster.shards]
+        registries = [each.metrics.registry for each in cluster.shards]
+        alarms = [each.get_sample_value("shardlane_shard_alarms_total") for each in registries]
+        mismatches = [each.get_sample_value("shardlane_shard_digest_mismatches_total") for each in registries]
         newest = cluster.coordinator.coordinator.run.plan
-    assert sum(alarms) == 1 and newest is not None and newest.number > plan.number
+    assert sum(alarms) == sum(mismatches) == 1 and newest is not None and newest.number > plan.number
     assert digest_of(tmp_path / "run") == train_reference(config, tokens)[0]

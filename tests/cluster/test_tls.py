@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import socket
 import ssl
@@ -13,6 +14,7 @@ from pathlib import Path
 import grpc
 import pytest
 from cryptography import x509
+from cryptography.hazmat.primitives.serialization import Encoding
 
 from shardlane import config as configs
 from shardlane import rpc
@@ -194,6 +196,35 @@ def test_renewed_certificates_are_taken_up_without_a_restart(cluster: Cluster, c
     while cluster.coordinator.coordinator.run.version < version + 2:
         assert time.monotonic() < end, "the run goes on meanwhile"
         time.sleep(0.01)
+
+
+def test_everybody_shows_when_its_certificate_runs_out(cluster: Cluster, certs: Path) -> None:
+    """Of the files as they are now, which a test before this one may have renewed."""
+    for member in (*cluster.shards, *cluster.workers):
+        shown = member.metrics.registry.get_sample_value("shardlane_certificate_expiry_timestamp_seconds")
+        assert shown == Tls.in_folder(certs, member.metrics.role).expiry() and 86400 < shown - time.time() < 4 * 86400
+
+
+def test_the_first_of_a_chain_to_run_out_counts_and_the_last_of_authorities(tmp_path: Path) -> None:
+    authority, now = Authority.new(), datetime.now(UTC)
+    short, key = authority.issue([name_of("worker")], days=1, now=now)
+    long, _ = authority.issue([name_of("worker")], days=9, now=now)
+    ca, certificate, keyfile = (tmp_path / name for name in ("ca.pem", "worker.pem", "worker.key"))
+    ca.write_bytes(authority.certificate.public_bytes(Encoding.PEM))
+    keyfile.write_bytes(key)
+    certificate.write_bytes(long + short)
+    tls = Tls(ca, certificate, keyfile)
+    assert abs(tls.expiry() - (now + timedelta(days=1)).timestamp()) < 2
+    certificate.write_bytes(long)
+    assert abs(tls.expiry() - (now + timedelta(days=9)).timestamp()) < 2
+    ca.write_bytes(short)  # as if it were an authority's
+    assert abs(tls.expiry() - (now + timedelta(days=1)).timestamp()) < 2
+    ca.write_bytes(short + authority.certificate.public_bytes(Encoding.PEM))
+    assert abs(tls.expiry() - (now + timedelta(days=9)).timestamp()) < 2
+    certificate.write_bytes(b"-----BEGIN nothing")
+    assert math.isnan(tls.expiry())
+    certificate.unlink()
+    assert math.isnan(tls.expiry())
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ def exported() -> dict[str, set[str]]:
     """Label names by metric, of all services: histograms by their three series, counters with their `_total`."""
     shard, worker, coordinator = Metrics("shard"), Metrics("worker"), Metrics("coordinator")
     ShardInstruments(shard).watch(MagicMock())
-    WorkerInstruments(worker).watch(lambda: 0.0, lambda: 0.0, Residuals())
+    WorkerInstruments(worker).watch(lambda: 0.0, lambda: 0.0, lambda: 0.0, Residuals())
     Instruments(coordinator, MagicMock(), lambda: 0.0)
     found: dict[str, set[str]] = {}
     for metrics in (shard, worker, coordinator):

@@ -209,7 +209,7 @@ class CoordinatorProcess(Process):
                 self.world.on_announced(self, plan)
             case KeepMember(registration):
                 store.registrations[registration.incarnation] = registration
-            case ForgetMember(incarnation):
+            case ForgetMember(incarnation=incarnation):
                 store.registrations.pop(incarnation, None)
             case TrainingRow(summary):
                 store.rows_version = max(store.rows_version, Version(summary.step + 1))

@@ -109,7 +109,7 @@ def test_finishes_with_the_last_checkpoint_and_its_validation() -> None:
     for name in EVERYBODY:
         run.on_heartbeat(beat(run, name), 2.0)
     assert run.everybody_knows
-    assert fall_silent(run, "worker 1", 3.0) == [ForgetMember(incarnation("worker 1"))]  # it left: nothing to repair
+    assert fall_silent(run, "worker 1", 3.0) == [ForgetMember(incarnation("worker 1"), "silent")]  # it left: nothing to repair
     assert run.state is RunState.FINISHED and run.everybody_knows
 
 
@@ -124,7 +124,7 @@ def test_a_spare_takes_the_dead_workers_seat_at_once() -> None:
     run = training()
     join(run, "worker 3")
     forget, announce = fall_silent(run, "worker 1", 5.0)
-    assert forget == ForgetMember(incarnation("worker 1")) and announce == Announce(plan_of(run))
+    assert forget == ForgetMember(incarnation("worker 1"), "silent") and announce == Announce(plan_of(run))
     plan = plan_of(run)
     assert plan.number == PlanNumber(1, 2) and plan.timeline.id == 0
     assert plan.replicas[0].workers == (incarnation("worker 3"), incarnation("worker 2"))
@@ -165,7 +165,7 @@ def test_without_memory_for_more_layers_it_waits_and_says_for_what() -> None:
     for name in ("worker 1", "worker 2"):
         run.on_register(registration(name, memory_bytes=1 << 10), 0.0)
     before = plan_of(run)
-    assert fall_silent(run, "worker 1", 5.0) == [ForgetMember(incarnation("worker 1"))]
+    assert fall_silent(run, "worker 1", 5.0) == [ForgetMember(incarnation("worker 1"), "silent")]
     assert (run.state, run.plan) == (RunState.GATHERING, before)
     assert run.waiting_for == "1 more worker (1 of 2 are here); 1 stages take 0.0 GiB each, and a worker has 0.0 GiB"
     join(run, "worker 3", now=6.0)
