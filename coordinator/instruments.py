@@ -56,6 +56,7 @@ class Instruments:
             name("lease_age_seconds"), "Since the last heartbeat of the member that is silent longest.", ("role",)
         )
         expected = metrics.gauge(name("members_expected"), "Members that the config places.", ("role",))
+        leaving = metrics.gauge(name("leaving_members"), "Members that want to go as soon as they are not needed.", ("role",))
         self.joins = metrics.counter(name("joins_total"), "Members that joined.", ("role",))
         self._departures = metrics.counter(name("departures_total"), "Members that are gone, by why.", ("role", "reason"))
         cluster = run.config.cluster
@@ -63,6 +64,7 @@ class Instruments:
         expected.labels("worker").set(cluster.stages * cluster.replicas)
         for role in ROLES:
             members.labels(role).set_function(partial(_count, run, role))
+            leaving.labels(role).set_function(partial(_leaving, run, role))
             ages.labels(role).set_function(partial(_oldest, run, role, clock))
             self.joins.labels(role)  # a rate needs the zero before the first
             for farewell in FAREWELLS:
@@ -97,6 +99,10 @@ class Instruments:
 
 def _count(run: Run, role: Role) -> float:
     return len(run.members.alive(role))
+
+
+def _leaving(run: Run, role: Role) -> float:
+    return sum(state.is_leaving for state in run.members.states if state.registration.role == role)
 
 
 def _oldest(run: Run, role: Role, clock: Callable[[], float]) -> float:
