@@ -2,7 +2,7 @@
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check proto bench evidence up down
+.PHONY: help setup demo test check proto dashboards bench evidence up down
 MAKEFLAGS += --no-print-directory --no-builtin-rules
 
 # The pins in constraints.txt are for CPython 3.11.
@@ -29,6 +29,7 @@ help:
 	@echo '                   make setup TORCH_INDEX=https://download.pytorch.org/whl/cu130'
 	@echo '  make check     what a change must pass: format, lint, types, protos, YAML, then the tests'
 	@echo '  make proto     generates shardlane/pb anew from protos/ (in .venv-proto, with pinned tools)'
+	@echo '  make dashboards  makes deploy/grafana/dashboards/*.json anew from the code beside them'
 	@echo '  make bench     ratios against peers measured in the same run: transport, pipeline, replication, straggler'
 	@echo '  make evidence  the long tests and the benchmarks; figures land under docs/evidence/'
 	@echo '  make up, down  the same training in containers, with Prometheus: docker compose up, down (volumes stay)'
@@ -76,6 +77,10 @@ $(PROTO_STAMP):
 	"$(PYTHON)" -m venv --clear .venv-proto
 	.venv-proto/bin/python -m pip install -qq $(PROTO_TOOLS)
 	@touch $@
+
+# tests/deploy/test_dashboards.py calls the same with another folder and compares.
+dashboards: setup
+	.venv/bin/python -m deploy.grafana
 
 bench: setup
 	.venv/bin/python -m benchmarks.transport

@@ -18,7 +18,11 @@ def pipeline() -> Json:
             "Membership": _membership(),
             "Pipeline": _pipeline(),
             "Memory and processes": _processes(),
-            "Calls": calls(SERVICES, "of coordinator and workers"),
+            "Calls": calls(
+                SERVICES,
+                "of coordinator and workers",
+                latency="99th percentile. WatchPlans and Transfer last as long as they are wanted.",
+            ),
         },
     )
 

@@ -18,7 +18,11 @@ def shards() -> Json:
             "Pushes and pulls": _traffic(),
             "From the last lane to the next version": _commit(),
             "Queues and memory": _queues(),
-            "Calls": calls(SERVICE, "of shards"),
+            "Calls": calls(
+                SERVICE,
+                "of shards",
+                latency="99th percentile. A pull waits for its version, and a delivery stays open while there is more to say.",
+            ),
         },
     )
 
@@ -170,11 +174,11 @@ def _of_shards() -> str:
     return 'max by (run, instance) (shardlane_build_info{role="shard"})'
 
 
-def calls(service: str, whose: str) -> list[Json]:
-    """Of the services whose label matches."""
+def calls(service: str, whose: str, *, latency: str) -> list[Json]:
+    """Of the services whose label matches. `latency`: what that of their methods means."""
     handled = "grpc_server_handled_total"
     failed = rate(f'{handled}{{{service}, grpc_code!="OK"}}')
-    latency = quantile(0.99, "grpc_server_handling_seconds", "le, grpc_method", f'{{{service}, grpc_type="unary"}}')
+    seconds = quantile(0.99, "grpc_server_handling_seconds", "le, grpc_method", f"{{{service}}}")
     return [
         series(
             f"Call rate {whose}",
@@ -184,8 +188,8 @@ def calls(service: str, whose: str) -> list[Json]:
         ),
         series(
             f"Call latency {whose}",
-            "99th percentile of calls with one request and one response; a stream lasts as long as it is wanted.",
-            {"{{grpc_method}}": latency},
+            latency,
+            {"{{grpc_method}}": seconds},
             unit="s",
         ),
         series(

@@ -1,4 +1,4 @@
-"""`docker compose up --detach --wait` trains, and the Prometheus beside it sees every process and answers every panel."""
+"""`docker compose up --detach --wait` trains, and the Prometheus beside it sees every process, answers every panel and alerts."""
 
 from __future__ import annotations
 
@@ -16,6 +16,9 @@ from typing import Any
 
 import pytest
 
+from tests.deploy.test_dashboards import expressions
+from tests.deploy.test_rules import alerts, recorded, rules
+
 pytestmark = [pytest.mark.docker, pytest.mark.timeout(900)]
 
 BUILD_SECONDS = 480
@@ -23,15 +26,28 @@ UP_SECONDS = 300
 PROGRESS_SECONDS = 180
 TARGETS = {"coordinator": 1, "shard": 2, "worker": 4, "prometheus": 1}
 STEPS = 20  # enough for the demo's loss to fall clearly, warm-up included
+# Trains for as long as these tests look, and validates soon.
+LONGER = """
+x-longer: &longer
+  SHARDLANE_TRAIN__MAX_STEPS: "100000"
+  SHARDLANE_VALIDATION__EVERY_STEPS: "25"
+  SHARDLANE_VALIDATION__NUM_MICRO_BATCHES: "2"
+services:
+  prepare: {environment: *longer}
+  coordinator: {environment: *longer}
+"""
+# Empty while all is well.
+OF_FAULTS = r'grpc_code!="OK"|outcome!~|recovery_seconds_sum|ALERTS|changes\('
 
 
 class Project:
     """One compose project of a name of its own: several may run on one engine."""
 
-    def __init__(self, repository: Path) -> None:
+    def __init__(self, repository: Path, override: Path) -> None:
         self.name = f"shardlane-test-{secrets.token_hex(4)}"
         self._repository = repository
         ours = {"SHARDLANE_IMAGE": f"{self.name}:latest", "COORDINATOR_PORT": "0", "PROMETHEUS_PORT": "0", "STATUS_PORT": "0"}
+        ours["COMPOSE_FILE"] = f"{repository / 'docker-compose.yml'}{os.pathsep}{override}"
         self._environment = {**os.environ, **ours}
 
     def compose(self, *arguments: str, seconds: float = 60, stdin: str = "") -> str:
@@ -49,11 +65,19 @@ class Project:
         result = self.prometheus("query", query=expression)["result"]
         return float(result[0]["value"][1]) if result else None
 
+    def answers(self, expression: str) -> bool:
+        return bool(self.prometheus("query", query=expression)["result"])
+
+    def engine(self, *arguments: str) -> str:
+        result = self._run("docker", *arguments, seconds=60)
+        assert result.returncode == 0, f"docker {' '.join(arguments)}:\n{result.stderr}"
+        return result.stdout
+
     def containers(self) -> list[str]:
         """`service status exit-code` of each; from the engine, since releases of Compose print it differently."""
         ids = self.compose("ps", "--all", "--quiet").split()
         what = '{{index .Config.Labels "com.docker.compose.service"}} {{.State.Status}} {{.State.ExitCode}}'
-        return self._run("docker", "inspect", "--format", what, *ids, seconds=60).stdout.splitlines()
+        return self.engine("inspect", "--format", what, *ids).splitlines()
 
     def remove(self) -> None:
         """Also after a failed or interrupted start."""
@@ -74,8 +98,10 @@ class Project:
 
 
 @pytest.fixture(scope="module")
-def project(repository: Path) -> Iterator[Project]:
-    made = Project(repository)
+def project(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
+    override = tmp_path_factory.mktemp("compose") / "longer.yml"
+    override.write_text(LONGER)
+    made = Project(repository, override)
     try:
         made.compose("build", seconds=BUILD_SECONDS)
         made.compose("up", "--detach", "--wait", seconds=UP_SECONDS)
@@ -116,22 +142,59 @@ def test_it_trains_and_the_loss_falls(project: Project) -> None:
     assert '"event": "trained"' in project.compose("logs", "--no-color", "coordinator")
 
 
+def of_panels(repository: Path) -> set[str]:
+    return {each.replace("$__rate_interval", "1m").replace("$run", "compose") for each in expressions(repository)}
+
+
+def selectors(expression: str) -> list[str]:
+    """What a rule reads."""
+    found = re.findall(r"(?<![\w:])((?:[a-z_]+:)?(?:shardlane|grpc_server)_[\w:]+|up)\b(\{[^}]*\})?", expression)
+    return ["".join(each) for each in found]
+
+
 def test_every_panel_answers(project: Project, repository: Path) -> None:
     """While it trains: a panel whose query gives nothing then never will."""
-    dashboard = json.loads((repository / "deploy/grafana/dashboards/training.json").read_text(encoding="utf-8"))
-    targets = [target for panel in dashboard["panels"] for target in panel.get("targets", ())]
-    expressions = {target["expr"].replace("$__rate_interval", "1m") for target in targets}
-    # These are empty while all is well.
-    quiet = {
-        each for each in expressions if re.search(r'grpc_code!="OK"|outcome!~|validation_loss|shardlane_worker_loss > 0', each)
-    }
+    usual = {each for each in of_panels(repository) if not re.search(OF_FAULTS, each)}
+    assert len(usual) > 90
+    wait_until(lambda left: left == set(), lambda: {each for each in usual if not project.answers(each)}, project)
 
-    def unanswered() -> set[str]:
-        return {each for each in expressions - quiet if not project.prometheus("query", query=each)["result"]}
 
-    wait_until(lambda left: left == set(), unanswered, project)
-    for each in quiet:
-        project.prometheus("query", query=each)  # an expression that does not parse is HTTP 400
+def test_every_rule_reads_what_is_there_and_no_alert_fires(project: Project, repository: Path) -> None:
+    read = {each for rule in rules(repository) for each in selectors(rule["expr"]) if "PermissionDenied" not in each}
+    read |= recorded(repository).keys()
+    wait_until(lambda left: left == set(), lambda: {each for each in read if not project.answers(each)}, project)
+    loaded = [rule for group in project.prometheus("rules")["groups"] for rule in group["rules"]]
+    assert [rule["health"] for rule in loaded] == ["ok"] * len(rules(repository)), [rule.get("lastError") for rule in loaded]
+    assert {rule["name"]: rule["state"] for rule in loaded if rule.get("state") == "firing"} == {}
+    assert {rule["name"] for rule in loaded if rule["type"] == "alerting"} == alerts(repository).keys()
+
+
+def test_every_panel_about_faults_answers_during_faults(project: Project, repository: Path) -> None:
+    """A worker dies, a certificate is used for what it is not for, and the coordinator is away until its alert fires."""
+    worker, coordinator = (project.compose("ps", "--quiet", service).split()[0] for service in ("worker", "coordinator"))
+    project.engine("kill", worker)
+    wait_until(lambda count: count == 3, lambda: project.value('shardlane_coordinator_members{role="worker"}'), project)
+    shown = project.value("shardlane_coordinator_steps_done") or 0.0
+    wait_until(lambda done: (done or 0) > shown, lambda: project.value("shardlane_coordinator_steps_done"), project)
+    as_shard = "mkdir /tmp/x; cp /certs/ca.pem /tmp/x; for end in pem key; do cp /certs/shard.$end /tmp/x/operator.$end; done"
+    said = project.compose(
+        *("exec", "-T", "shard", "sh", "-c"),
+        f"{as_shard}; python -m shardlane.cli pause coordinator:7070 --certs /tmp/x 2>&1 || true",
+    )
+    assert "Control is for operator; the caller has a certificate of role shard" in said
+    wait_until(bool, lambda: project.answers('grpc_server_handled_total{grpc_code="PermissionDenied"}'), project)
+
+    project.engine("kill", coordinator)
+    firing = 'ALERTS{alertname="ShardlaneCoordinatorDown", alertstate="firing"}'
+    wait_until(bool, lambda: project.answers(firing), project)
+    faults = {each for each in of_panels(repository) if re.search(OF_FAULTS, each)}
+    assert len(faults) >= 7
+    # Within the last minutes: a plan is made in a moment.
+    asked = {each: f"last_over_time(({each})[5m:5s])" for each in faults}
+    wait_until(lambda left: left == set(), lambda: {each for each, query in asked.items() if not project.answers(query)}, project)
+    project.engine("start", coordinator, worker)
+    wait_until(lambda fires: not fires, lambda: project.answers(firing), project)
+    wait_until(lambda count: count == 4, lambda: project.value('shardlane_coordinator_members{role="worker"}'), project)
 
 
 @pytest.mark.parametrize("service", ["coordinator", "shard", "worker"])
