@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from functools import partial
 from typing import TYPE_CHECKING
 
-from ps_service.core.messages import Decision
+from ps_service.core.messages import Decision, Outcome
 from shardlane.ids import ChunkId, Step, Version
 from shardlane.metrics import Metrics
 
@@ -27,6 +27,8 @@ class ShardInstruments:
             "Bytes received to become another copy of chunks, whether still wanted or not.",
         )
         self.contributions = metrics.counter("shardlane_shard_contributions_total", "Contributions, by answer.", ("outcome",))
+        for outcome in Outcome:
+            self.contributions.labels(outcome.value)  # a rate needs the zero before the first
         self.skipped_steps = metrics.counter("shardlane_shard_skipped_steps_total", "Steps skipped for gradients not finite.")
         self.refused_turns = metrics.counter(
             "shardlane_shard_refused_turns_total",
