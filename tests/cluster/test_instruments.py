@@ -26,14 +26,17 @@ def test_shards_time_every_chunk_and_workers_say_where_they_sit(tmp_path: Path) 
         def total(name: str, **labels: str) -> float:
             return sum(each.get_sample_value(f"shardlane_shard_{name}", labels) or 0.0 for each in shards)
 
-        # A chunk is published once a step by its primary, after its one backup's word; nobody died.
-        assert total("publish_seconds_count") == total("replication_seconds_count") == steps * num_chunks
-        assert 0 < total("replication_seconds_sum") <= total("publish_seconds_sum")
-        assert {role: total("chunks", role=role) for role in ("primary", "backup", "learner")} == {
-            "primary": num_chunks,
-            "backup": num_chunks,
-            "learner": 0,
-        }
+        held = {role: total("chunks", role=role) for role in ("primary", "backup", "learner")}
+        assert total("replication_seconds_count") > 0 and sum(held.values()) == sum(
+            len(each.shard.store.chunks) for each in cluster.shards
+        )
+        plan = cluster.coordinator.coordinator.plan
+        assert plan is not None
+        if plan.number.epoch == 1:  # a machine so busy that somebody seems dead makes another plan
+            # A chunk is published once a step by its primary, after its one backup's word.
+            assert total("publish_seconds_count") == total("replication_seconds_count") == steps * num_chunks
+            assert total("replication_seconds_sum") <= total("publish_seconds_sum")
+            assert held == {"primary": num_chunks, "backup": num_chunks, "learner": 0}
         assert total("digest_mismatches_total") == 0
         seats = [
             (sample.labels["replica"], sample.labels["stage"])
