@@ -30,7 +30,9 @@ class Door:
         self._secret = b"" if secret_file is None else read_secret(secret_file)
         self._gate = Gate(uses)
         self._unix_clock = unix_clock
-        self._joins = metrics.counter("shardlane_coordinator_joins_total", "Registrations at the door, by token.", ("outcome",))
+        self._joins = metrics.counter(
+            "shardlane_coordinator_admissions_total", "Registrations at the door, by token.", ("outcome",)
+        )
         for outcome in Outcome if secret_file is not None else ():
             self._joins.labels(outcome.value)  # a rate needs the zero before the first one
 

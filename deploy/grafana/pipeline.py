@@ -72,6 +72,11 @@ def _membership() -> list[Json]:
                 "{{role}} {{reason}}": f"increase({state('departures_total')}[5m])",
             },
         ),
+        series(
+            "At the door",
+            "Registrations in the last five minutes, by what became of their join tokens.",
+            {"{{outcome}}": f"increase({state('admissions_total')}[5m])"},
+        ),
         series("Lease age", "Since the last heartbeat of the member that is silent longest.",
                {"{{role}}": state("lease_age_seconds")}, unit="s"),
         series(

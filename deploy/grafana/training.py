@@ -147,6 +147,16 @@ def _consistency() -> list[Json]:
             "Versions.",
             {"mean": f"sum({rate(f'{staleness}_sum')}) / sum({rate(f'{staleness}_count')})"},
         ),
+        heatmap(
+            "Staleness under ASP",
+            "Versions made since the one that a contribution was computed from, one shard's worth for each shard.",
+            "shardlane_shard_staleness_versions",
+        ),
+        series(
+            "Refused under ASP",
+            "Contributions a second that were too old to be applied (train.staleness_max), and are computed anew.",
+            {"refused": f"max({rate('shardlane_shard_refused_turns_total')})"},
+        ),
         series(
             "Clocks, furthest less last",
             "Steps between the worker that is furthest on and the one that is least.",

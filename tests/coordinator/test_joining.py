@@ -87,7 +87,7 @@ class Setting:
         return str(caught.value.details())  # type: ignore[attr-defined]
 
     def joins(self, outcome: str) -> float | None:
-        return self.metrics.registry.get_sample_value("shardlane_coordinator_joins_total", {"outcome": outcome})
+        return self.metrics.registry.get_sample_value("shardlane_coordinator_admissions_total", {"outcome": outcome})
 
     def membership(self, credential: Credential, incarnation: str = "worker-0a") -> Membership:
         return Membership(

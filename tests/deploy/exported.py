@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import re
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 from unittest.mock import MagicMock
 
+from coordinator.door import Door
 from coordinator.instruments import Instruments
 from ps_service.instruments import ShardInstruments
 from shardlane.metrics import Metrics
@@ -26,6 +29,9 @@ def services() -> dict[str, Metrics]:
     of_worker.watch(lambda: 0.0, lambda: 0.0, lambda: 0.0, Residuals())
     of_worker.sit((0, 0))
     Instruments(coordinator, MagicMock(), lambda: 0.0)
+    with tempfile.TemporaryDirectory() as folder:
+        (secret := Path(folder) / "join.secret").write_text("0" * 64)
+        Door(secret, (), coordinator)
     for metrics in (shard, worker, coordinator):
         metrics.observer("unary_unary", "service", "Method", lambda request, context: request)
         metrics.watch_certificate(lambda: 0.0)

@@ -216,8 +216,8 @@ def test_the_status_page_is_there_and_nobody_joined_without_a_token(project: Pro
     with urllib.request.urlopen(f"http://{address}/status.json", timeout=10) as response:
         assert response.headers["X-Shardlane-Control"] == "off"
         assert len(json.load(response)["members"]) == 6
-    assert (project.value('sum(shardlane_coordinator_joins_total{outcome="admitted"})') or 0) >= 6
-    assert project.value('sum(shardlane_coordinator_joins_total{outcome!~"admitted|repeated"})') == 0
+    assert (project.value('sum(shardlane_coordinator_admissions_total{outcome="admitted"})') or 0) >= 6
+    assert project.value('sum(shardlane_coordinator_admissions_total{outcome!~"admitted|repeated"})') == 0
 
 
 def test_containers_are_not_root_and_hold_no_installer(project: Project) -> None:
