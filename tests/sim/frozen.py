@@ -45,10 +45,10 @@ from tests.sim.oracle import BrokenInvariant
 # Every field there is: a new one must be thought about here.
 FIELDS: dict[str, set[str]] = {
     "ShardCore": {
-        *("me", "plan", "chunks", "book", "last_version", "end_version", "diverged", "requests"),
+        *("me", "plan", "chunks", "book", "end_version", "diverged", "requests"),
         *("_terms", "_filling"),
     },
-    "RecordBook": {"records", "decided", "news", "_num_chunks", "_decide", "_delivered"},
+    "RecordBook": {"records", "decided", "news", "begun", "_num_chunks", "_decide", "_delivered"},
     "Filling": {"_waiting", "_under_way"},
     "HeldChunk": {"version", "barrier", "measuring", "closed", "acks", "awaited", "ahead", "early", "clocks", "turn"},
     "Barrier": {"num_lanes", "sites"},
@@ -121,7 +121,7 @@ class Bench:
             barrier = Barrier.fresh(self._num_lanes, 1)
             for index in lanes_of(each.counted):
                 barrier.count(Contribution(0, Step(each.version), lane(index), SiteIndex(0), each.chunk, 1, 0.0))
-            held = HeldChunk(each.version, barrier, False, each.closed, set(each.acks), set(each.awaited), early=each.early)
+            held = HeldChunk(each.version, barrier, None, each.closed, set(each.acks), set(each.awaited), early=each.early)
             core.chunks[each.chunk] = held
             self._histories[each.chunk] = each.history
             if each.total is not None:

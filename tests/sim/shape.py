@@ -82,12 +82,18 @@ SHAPES: dict[str, Shape] = {
         num_stages=2,
         num_replicas=2,
     ),
-    "ASP, deaths": Shape(asynchronous=True, faults=DEATHS),
+    "ASP, deaths": Shape(asynchronous=True, num_steps=2, faults=DEATHS),
     "ASP, sums that differ in bits, a bad network": Shape(
-        asynchronous=True, staleness_max=4, faults={**DEATHS, "checkpoint": 1}, wobbles=True, weather=BAD, num_faults_max=3
+        asynchronous=True,
+        num_steps=3,
+        staleness_max=4,
+        faults={**DEATHS, "checkpoint": 1},
+        wobbles=True,
+        weather=BAD,
+        num_faults_max=3,
     ),
     "ASP, comings and silences of pipelines": Shape(
-        asynchronous=True, num_steps=3, num_stages=2, faults={**COMINGS, **SILENCES, "stop run": 1}, num_faults_max=3
+        asynchronous=True, num_steps=2, num_stages=2, faults={**COMINGS, **SILENCES, "stop run": 1}, num_faults_max=3
     ),
     "ASP, one copy": Shape(
         asynchronous=True,
@@ -100,7 +106,7 @@ SHAPES: dict[str, Shape] = {
     "ASP, everything": Shape(
         asynchronous=True,
         staleness_max=5,
-        num_steps=3,
+        num_steps=2,
         faults=EVERYTHING,
         num_faults_max=4,
         checkpoint_every=1,

@@ -144,6 +144,8 @@ class TurnStepper:
             return [self._abandon(), Leave()]
         if self._replica is None or state == before:
             return []
+        if state == "finishing" and not self._is_of_a_lane:
+            return []  # the stage before has heard of it sooner, and has sent the last version: it would not do so again
         if "finishing" in (state, before):
             return [self._abandon(), *self._next()]  # no turn will come any more; or they do again
         return self._next() if self.phase is Phase.HELD else []

@@ -185,6 +185,14 @@ def test_a_later_stage_takes_nothing_but_the_last_version_once_no_turn_can_come(
     assert story.tell(StateChanged("finishing")) == [Abandon(), Await(story.stepper.attempt, (), only_last=True)]
 
 
+def test_a_later_stage_that_is_at_the_last_version_before_it_hears_that_there_is_one_stays_with_it() -> None:
+    story = Story(MIDDLE, **{"validation.num_micro_batches": 6})
+    story.offered(turn(NUM_LANES, 22))
+    assert isinstance(story.pulled()[-1], Validate)
+    assert story.tell(StateChanged("finishing")) == []
+    assert story.tell(Validated(story.stepper.attempt)) == [Await(story.stepper.attempt, (), only_last=True)]
+
+
 def test_a_run_that_is_held_begins_no_turn() -> None:
     story = Story()
     story.pulled()
