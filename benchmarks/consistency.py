@@ -23,19 +23,24 @@ from benchmarks import harness
 from benchmarks.compression import CHANGES, CONFIG, losses
 from benchmarks.fleet import Fleet, step_seconds
 from benchmarks.harness import Report, Spread, Target, arguments
+from benchmarks.pipeline_cluster import counter
 from benchmarks.straggler import SLOWDOWN, Brake
 from shardlane.cli.supervisor import Child
 from shardlane.config import Config, load
 from shardlane.prepare import ensure_prepared
 
-BSP, DELAY, SSP = "BSP", "one-step delay", "SSP, s = 2"
+BSP, DELAY, SSP, ASP = "BSP", "one-step delay", "SSP, s = 2", "ASP"
 LATE: dict[str, dict[str, object]] = {
     DELAY: {"train.consistency": "ssp", "train.staleness": 1},
     SSP: {"train.consistency": "ssp", "train.staleness": 2},
 }
 AHEAD = {f"{name}, looking ahead": {**changes, "train.look_ahead": True} for name, changes in LATE.items()}
-MODES: dict[str, dict[str, object]] = {BSP: {}, **LATE, **AHEAD}
+FREE: dict[str, object] = {"train.consistency": "asp"}
+MODES: dict[str, dict[str, object]] = {BSP: {}, **LATE, **AHEAD, ASP: FREE}
+TOKENS = "shardlane_worker_tokens_total"
+SMALL: dict[str, object] = {"train.seq_len": 64}  # several steps within LAGGING_SECONDS
 WORSE = 0.01  # or two deviations between seeds
+LAGGING_SECONDS = 3.0  # after a replica became slow, and before the coordinator has moved its lanes
 TURN_STEPS = 4.0  # how long one replica is slow at a time, in steps of an undisturbed replica
 
 
@@ -114,6 +119,37 @@ def measure_speed(report: Report, config: Config, folder: Path, *, rounds: int, 
         report.targets[fit] = Target(0.8, median_max=1.2)
 
 
+def tokens_per_second(workers: Sequence[str], seconds: float) -> float:
+    before = sum(counter(each, TOKENS) for each in workers)
+    time.sleep(seconds)
+    return (sum(counter(each, TOKENS) for each in workers) - before) / seconds
+
+
+def measure_slow_for_good(report: Report, config: Config, folder: Path, *, rounds: int, window_seconds: float) -> None:
+    """One of two replicas becomes slow. BSP waits for it, as long as its lanes have not moved; ASP does not."""
+    config = config.with_changes({"train.max_steps": 1_000_000, "schedule.warmup_steps": 0, **SMALL})
+    predicted = (1 + 1 / SLOWDOWN) / (2 / SLOWDOWN)  # lanes a second, of two replicas with one each
+    gains, kept = [], []
+    for index in range(rounds):
+        rates = dict[str, float]()
+        for name, changes in ((BSP, {}), (ASP, FREE)):
+            with Fleet(config.with_changes(changes), folder / f"slow-{index}-{name}") as fleet:
+                workers = fleet.workers()
+                time.sleep(window_seconds / 4)
+                free = tokens_per_second(workers, window_seconds / 2)
+                with Brake(fleet.members["worker-1"]):
+                    rates[name] = tokens_per_second(workers, LAGGING_SECONDS if name == BSP else window_seconds)
+            report.samples.setdefault(f"{name}, one replica slow for good, tokens/s", []).append(rates[name])
+            if name == ASP:
+                kept.append(rates[ASP] / free / ((1 + 1 / SLOWDOWN) / 2))
+        gains.append(rates[ASP] / rates[BSP])
+    report.ratios[f"speed: {ASP} / {BSP}, one replica slow for good (predicted {predicted:.2f})"] = Spread.of(gains)
+    fit = f"speed: measured / predicted gain of {ASP}"
+    report.ratios[fit] = Spread.of([each / predicted for each in gains])
+    report.targets[fit] = Target(0.8, median_max=1.2)
+    report.ratios[f"speed: {ASP} / what the remaining speed allows of its own"] = Spread.of(kept)
+
+
 def gain_predicted(staleness: int) -> float:
     slow, fast = (predicted_rate(each, slowdown=SLOWDOWN, turn_steps=TURN_STEPS) for each in (0, staleness))
     return fast / slow
@@ -126,7 +162,7 @@ def judge_losses(report: Report, found: dict[str, list[float]]) -> None:
         report.samples[f"{name}, loss"] = found[name]
         worse = f"loss: {name} / {BSP}"
         report.ratios[worse] = Spread.of([statistics.mean(found[name]) / mean])
-        if name != BSP:
+        if name in LATE or name in AHEAD:
             report.targets[worse] = Target(median_max=1 + max(WORSE, 2 * deviation / mean))
     report.notes.append(f"standard deviation of BSP's loss over seeds: {deviation:.4f} of {mean:.4f}")
 
@@ -148,6 +184,7 @@ def main(argv: list[str]) -> int:
         config = config.with_changes({"data.path": str(data)})
         if options.only != "loss":
             measure_speed(report, config, folder, rounds=options.rounds, window_seconds=options.window_seconds)
+            measure_slow_for_good(report, config, folder, rounds=options.rounds, window_seconds=options.window_seconds)
         if options.only != "speed":
             seeds = [config.train.seed + index for index in range(options.rounds)]
             judge_losses(report, losses(report, config, MODES, seeds, options.processes))
