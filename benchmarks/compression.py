@@ -147,13 +147,13 @@ def main(argv: list[str]) -> int:
         folder = Path(temporary)
         data = ensure_prepared(config, folder, lambda line: print(line, file=sys.stderr)).path
         config = config.with_changes({"data.path": str(data)})
+        seeds = [config.train.seed + index for index in range(options.rounds)]
+        report.samples = losses(report, config, CODES, seeds, options.processes)
         pushed = {}
         for index, (name, changes) in enumerate(CODES.items()):
             coded = with_code(config, changes)
             pushed[name] = bytes_a_step(coded, folder / f"run-{index}", num_steps=1 + 10 // coded.train.local_steps)
             print(f"{name}: {pushed[name] / 1e6:.3f} MB a step", file=sys.stderr)
-        seeds = [config.train.seed + index for index in range(options.rounds)]
-        report.samples = losses(report, config, CODES, seeds, options.processes)
     judge(report, pushed, report.samples)
     return harness.finish(report, options)
 
