@@ -211,7 +211,7 @@ def refill_backwards(_: Any) -> Any:
         chunk = message.chunk
         if self.plan.placements[chunk].learner != self.me:
             return []
-        self.chunks[chunk] = self._hold(chunk, message.version, message.closed)
+        self.chunks[chunk] = self._terms.hold(chunk, message.version, message.clocks, message.closed)
         keep = KeepState(chunk, message.version, with_sum=message.closed is not None)
         return [keep, *self._learn(message.previous), *self._tell_position(chunk)]
 

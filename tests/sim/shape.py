@@ -82,10 +82,10 @@ SHAPES: dict[str, Shape] = {
         num_stages=2,
         num_replicas=2,
     ),
-    "ASP, deaths": Shape(asynchronous=True, num_steps=2, faults=DEATHS),
+    "ASP, deaths": Shape(asynchronous=True, faults=DEATHS),
     "ASP, sums that differ in bits, a bad network": Shape(
         asynchronous=True,
-        num_steps=3,
+        num_steps=2,
         staleness_max=4,
         faults={**DEATHS, "checkpoint": 1},
         wobbles=True,
