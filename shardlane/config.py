@@ -100,7 +100,10 @@ class ValidationConfig(Section):
 
 class ClusterConfig(Section):
     stages: int = Field(1, ge=1, le=1024, description="P: pipeline stages")
-    replicas: int = Field(1, ge=1, le=1024, description="R: chains of workers; at most `train.lanes`")
+    replicas: int = Field(1, ge=1, le=1024, description="R: chains of workers that a run begins with; at most `train.lanes`")
+    replicas_max: int = Field(
+        0, ge=0, le=1024, description="replicas once more workers come, never more than `train.lanes`; 0: none but R, others are spares"
+    )
     shards: int = Field(1, ge=1, le=1024, description="S: parameter shards")
     replication: int = Field(0, ge=0, le=8, description="copies of each chunk, at most S; 0: two where there are two shards")
     lease_seconds: float = Field(
@@ -183,6 +186,11 @@ class Config(Section):
                 + (f" x local_steps {self.train.local_steps}" if self.train.local_steps > 1 else "")
             )
         return self
+
+    @property
+    def num_replicas_max(self) -> int:
+        """That a plan may have, however many workers there are."""
+        return max(self.cluster.replicas, min(self.cluster.replicas_max, self.train.lanes))
 
     @property
     def goes_by_lanes(self) -> bool:

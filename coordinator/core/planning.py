@@ -206,7 +206,7 @@ class Planner:
             workers,
             {} if config.train.goes_by_turns else present.lane_seconds,  # nobody waits for a lane that lags
             stages=stages,
-            num_replicas=cluster.replicas,
+            num_replicas=config.num_replicas_max,
             num_lanes=config.train.lanes,
             previous=before,
             number=number,

@@ -148,6 +148,35 @@ def test_survivors_take_the_lanes_and_give_them_back() -> None:
     ]
 
 
+def test_begins_with_its_replicas_and_has_more_once_more_workers_come() -> None:
+    run = fresh_run(small_config(cluster__replicas=2, cluster__replicas_max=3))
+    join(run, *EVERYBODY)
+    assert run.waiting_for == "2 more workers (2 of 4 are here)"
+    join(run, "worker 3", "worker 4")
+    assert [len(each.workers) for each in plan_of(run).replicas] == [2, 2]
+    join(run, "worker 5")
+    assert plan_of(run).number == PlanNumber(1, 1)
+    join(run, "worker 6", now=1.0)
+    assert plan_of(run).reason == "there are workers for 3 replicas"
+    assert [each.workers for each in plan_of(run).replicas][2] == (incarnation("worker 5"), incarnation("worker 6"))
+    assert sum(block.size for each in plan_of(run).replicas for block in each.blocks) == run.config.train.lanes
+    join(run, "worker 7", "worker 8", now=2.0)
+    assert len(plan_of(run).replicas) == 3
+    fall_silent(run, "worker 6", 9.0)
+    fall_silent(run, "worker 7", 9.0)
+    fall_silent(run, "worker 8", 9.0)
+    assert len(plan_of(run).replicas) == 2
+
+
+def test_there_are_never_more_replicas_than_lanes() -> None:
+    lanes = small_config().train.lanes
+    assert small_config(cluster__replicas_max=1024).num_replicas_max == lanes
+    assert small_config(cluster__replicas=2).num_replicas_max == 2
+    run = fresh_run(small_config(cluster__stages=1, cluster__replicas_max=1024))
+    join(run, *EVERYBODY, *(f"worker {index}" for index in range(3, lanes + 3)))
+    assert [sum(block.size for block in each.blocks) for each in plan_of(run).replicas] == [1] * lanes
+
+
 def test_with_fewer_workers_than_stages_the_survivors_take_more_layers_until_others_come() -> None:
     run = training()
     fall_silent(run, "worker 1", 5.0)
