@@ -102,7 +102,10 @@ class ClusterConfig(Section):
     stages: int = Field(1, ge=1, le=1024, description="P: pipeline stages")
     replicas: int = Field(1, ge=1, le=1024, description="R: chains of workers that a run begins with; at most `train.lanes`")
     replicas_max: int = Field(
-        0, ge=0, le=1024, description="replicas once more workers come, never more than `train.lanes`; 0: none but R, others are spares"
+        0,
+        ge=0,
+        le=1024,
+        description="replicas once more workers come, never more than `train.lanes`; 0: none but R, others are spares",
     )
     shards: int = Field(1, ge=1, le=1024, description="S: parameter shards")
     replication: int = Field(0, ge=0, le=8, description="copies of each chunk, at most S; 0: two where there are two shards")
