@@ -1,4 +1,5 @@
-"""Certificates in Kubernetes Secrets: one for each role, with the keys that cert-manager gives its own, so either may fill them.
+"""Certificates in Kubernetes Secrets: one for each role, with the keys that cert-manager gives its own, so either may fill them;
+and the secret that join tokens are made with, which cert-manager does not make.
 
 The Secrets are there already, empty, as the manifests make them: whoever fills them needs neither to create nor to list any.
 """
@@ -11,14 +12,16 @@ import http.client
 import json
 import os
 import ssl
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from shardlane.certificates import Authority, unfit
+from shardlane.certificates import JOIN_SECRET, Authority, unfit
 from shardlane.errors import UnreachableError, UserError
+from shardlane.secret_file import CHARACTERS_MIN, new_secret
 from shardlane.tls import ROLES, name_of
 
 ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
@@ -111,23 +114,52 @@ def fill_secrets(store: SecretStore, prefix: str, *, days: int, now: datetime | 
     authority, line = _authority_in(store, f"{prefix}-authority")
     lines += [line] if line else []
     for role in ROLES:
-        for attempt in range(ATTEMPTS_MAX):
-            secret = store.read(f"{prefix}-{role}-tls")
-            found = {key: secret.data.get(key, b"") for key in (CA, CERTIFICATE, KEY)}
-            names = [name_of(role)]
-            reason = unfit(found[CERTIFICATE], found[KEY], authority, names, now=now)
-            if reason is None and found[CA] == authority.pem:
-                break
-            certificate, key = authority.issue(names, days=days, now=now)
-            try:
-                store.update(secret, {CA: authority.pem, CERTIFICATE: certificate, KEY: key})
-            except ConflictError:
-                if attempt == ATTEMPTS_MAX - 1:
-                    raise
-                continue  # another has filled it meanwhile: perhaps there is nothing left to do
-            lines.append(f"{secret.name}: a certificate good for {days} days, for {reason or f'{CA} was another one'}")
-            break
+        lines += _fill(store, f"{prefix}-{role}-tls", partial(_certificate, authority, name_of(role), days, now))
     return lines
+
+
+def fill_join_secret(store: SecretStore, prefix: str) -> list[str]:
+    """A secret for join tokens into PREFIX-join, unless it has one; a line if it was filled. Raises `UserError`."""
+    return _fill(store, f"{prefix}-join", _join_secret)
+
+
+def _fill(store: SecretStore, name: str, missing: Callable[[Secret], tuple[dict[str, bytes], str] | None]) -> list[str]:
+    """`missing`: what to put into the Secret, and what to say of it; None if nothing is."""
+    for attempt in range(ATTEMPTS_MAX):
+        secret = store.read(name)
+        if (found := missing(secret)) is None:
+            break
+        data, line = found
+        try:
+            store.update(secret, data)
+        except ConflictError:
+            if attempt == ATTEMPTS_MAX - 1:
+                raise
+            continue  # another has filled it meanwhile: perhaps there is nothing left to do
+        return [f"{name}: {line}"]
+    return []
+
+
+def _certificate(
+    authority: Authority, dns_name: str, days: int, now: datetime, secret: Secret
+) -> tuple[dict[str, bytes], str] | None:
+    found = {key: secret.data.get(key, b"") for key in (CA, CERTIFICATE, KEY)}
+    reason = unfit(found[CERTIFICATE], found[KEY], authority, [dns_name], now=now)
+    if reason is None and found[CA] == authority.pem:
+        return None
+    certificate, key = authority.issue([dns_name], days=days, now=now)
+    line = f"a certificate good for {days} days, for {reason or f'{CA} was another one'}"
+    return {CA: authority.pem, CERTIFICATE: certificate, KEY: key}, line
+
+
+def _join_secret(secret: Secret) -> tuple[dict[str, bytes], str] | None:
+    found = secret.data.get(JOIN_SECRET, b"").strip()
+    if not found:
+        return {JOIN_SECRET: new_secret()}, "a new secret for join tokens"
+    if len(found) < CHARACTERS_MIN:  # a person's, so it is not thrown away; but no process would start with it
+        what = f"{JOIN_SECRET} of the Secret {secret.name} has {len(found)} bytes; expected {CHARACTERS_MIN} at least"
+        raise UserError(f"{what}; empty it to get a new one")
+    return None
 
 
 def _authority_in(store: SecretStore, name: str) -> tuple[Authority, str]:

@@ -28,7 +28,12 @@ def read_secret(file: Path) -> bytes:
     return secret
 
 
+def new_secret() -> bytes:
+    """256 bits in hex, and the end of the line."""
+    return f"{secrets.token_hex(32)}\n".encode()
+
+
 def ensure_secret(file: Path) -> None:
-    """Makes one of 256 bits, for its owner alone, unless the file is there. Raises `OSError`."""
+    """Makes one, for its owner alone, unless the file is there. Raises `OSError`."""
     if not file.exists():
-        replace_file(file, f"{secrets.token_hex(32)}\n".encode(), mode=0o600)
+        replace_file(file, new_secret(), mode=0o600)

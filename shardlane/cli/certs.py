@@ -35,8 +35,16 @@ def certs(
     days: Annotated[int, typer.Option(min=1, help="How long a role's certificate is good.")] = 365,
     prefix: Annotated[
         str,
-        typer.Option("--kubernetes-secrets", metavar="PREFIX", help="Fill the Secrets PREFIX-ROLE-tls of this pod's namespace."),
+        typer.Option(
+            "--kubernetes-secrets",
+            metavar="PREFIX",
+            help="Fill the Secrets PREFIX-ROLE-tls and PREFIX-join of this pod's namespace.",
+        ),
     ] = "",
+    join_secret_only: Annotated[
+        bool,
+        typer.Option("--join-secret-only", help="Of the Secrets only PREFIX-join: the certificates are another's, cert-manager's."),
+    ] = False,
 ) -> None:
     """Make certificates for mutual TLS: an authority, and a certificate for each role (coordinator, shard, worker, operator).
     Beside them a secret for `shardlane join-token`.
@@ -46,14 +54,19 @@ def certs(
     """
     from shardlane.certificates import write_certificates
     from shardlane.errors import UserError
-    from shardlane.kubernetes import SecretStore, fill_secrets
+    from shardlane.kubernetes import SecretStore, fill_join_secret, fill_secrets
     from shardlane.tls import ROLES
 
     if (folder is None) == (not prefix):
         raise UserError("give a folder, or --kubernetes-secrets, and not both")
+    if join_secret_only and not prefix:
+        raise UserError("--join-secret-only is for --kubernetes-secrets; a folder gets the secret beside its certificates")
     if folder is not None:
         write_certificates(folder, days=days)
         print(f"{folder}: certificates for {', '.join(ROLES)}, good for {days} days")
         return
-    lines = fill_secrets(SecretStore.of_pod(), prefix, days=days)
-    print("\n".join(lines) or f"{prefix}: the certificates of {', '.join(ROLES)} are good")
+    store = SecretStore.of_pod()
+    lines = [] if join_secret_only else fill_secrets(store, prefix, days=days)
+    lines += fill_join_secret(store, prefix)
+    good = "the secret for join tokens is there" if join_secret_only else f"the certificates of {', '.join(ROLES)} are good"
+    print("\n".join(lines) or f"{prefix}: {good}")

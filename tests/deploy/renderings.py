@@ -24,11 +24,24 @@ MEMBERS = ("coordinator", "shard", "worker")
 Object = dict[str, Any]
 
 ALL_COMPONENTS = ["cert-manager", "gpu", "many-nodes", "monitoring"]
+STORE = "object-storage"  # apart from them: it takes away what many-nodes changes, and wants another config
+STORE_SECRET = "shardlane-object-storage"  # of the store's credentials, which is there before
+IN_BUCKET = {'"/shared/data"': '"s3://bucket/data"', '"/shared/checkpoints"': '"s3://bucket/checkpoints"'}
+
+
+def in_bucket(config: str) -> str:
+    for path, uri in IN_BUCKET.items():
+        assert config.count(path) == 1
+        config = config.replace(path, uri)
+    return config
+
+
 # By name: the folder that is rendered, or the components that stand on the base in a namespace of another name.
 KUSTOMIZATIONS: dict[str, str | list[str]] = {
     "base": "base",
     **{f"overlays/{name}": f"overlays/{name}" for name in ("local", "gpu", "monitoring")},
     "components": ALL_COMPONENTS,
+    STORE: [STORE],
 }
 # By name: the release, and its values.
 RELEASES: dict[str, tuple[str, Object]] = {
@@ -44,6 +57,13 @@ RELEASES: dict[str, tuple[str, Object]] = {
             "podMonitor": {"enabled": True, "labels": {"release": "prometheus"}},
             "shard": {"drainSeconds": 120, "nodeSelector": {"disk": "fast"}},
             "worker": {"gpus": 1, "tolerations": [{"key": "spot", "operator": "Exists"}]},
+        },
+    ),
+    f"chart, {STORE}": (
+        "shardlane",
+        {
+            "config": in_bucket(yaml.safe_load((CHART / "values.yaml").read_text(encoding="utf-8"))["config"]),
+            "objectStorage": {"enabled": True, "secret": STORE_SECRET},
         },
     ),
     "chart, least of it": ("r", {"certificates": "existing", "networkPolicy": {"enabled": False}}),
@@ -66,6 +86,11 @@ def _kustomization(what: str | list[str]) -> list[Object]:
     with tempfile.TemporaryDirectory() as folder:
         here = os.path.relpath(KUSTOMIZE, Path(folder).resolve())
         written: Object = {"resources": [f"{here}/base"], "components": [f"{here}/components/{each}" for each in what]}
+        if STORE in what:
+            config = (KUSTOMIZE / "base/config.toml").read_text(encoding="utf-8")
+            (Path(folder) / "config.toml").write_text(in_bucket(config), encoding="utf-8")
+            merged = {"name": "shardlane-config", "behavior": "merge", "files": ["config.toml"]}
+            written |= {"configMapGenerator": [merged]}
         (Path(folder) / "kustomization.yaml").write_text(yaml.safe_dump({**written, "namespace": "elsewhere"}))
         return _run([*command, folder])
 

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from shardlane import __version__
-from tests.deploy.renderings import CHART, Object, helm, of_kind, rendering
+from tests.deploy.renderings import CHART, STORE, Object, containers, helm, of_kind, rendering
 from tests.deploy.test_kubernetes import OLDEST
 
 OF_HELM = {"app.kubernetes.io/managed-by", "helm.sh/chart"}
@@ -32,6 +32,8 @@ def plain(each: Object) -> Object:
         template = found["spec"]["template"]
         template["metadata"].get("annotations", {}).pop("checksum/config", None)
         template["spec"].get("volumes", []).sort(key=lambda volume: str(volume["name"]))
+        for container in containers(template["spec"]):
+            container.get("env", []).sort(key=lambda variable: str(variable["name"]))
     return found
 
 
@@ -42,17 +44,42 @@ def by_name(name: str) -> dict[tuple[str, str], Object]:
 
 def test_it_renders_to_the_base() -> None:
     base, chart = by_name("base"), by_name("chart")
-    assert chart.keys() == base.keys() and len(base) == 26
+    assert chart.keys() == base.keys() and len(base) == 27
     for key, each in base.items():
+        assert chart[key] == each, key
+
+
+def test_with_object_storage_it_renders_to_the_component() -> None:
+    component, chart = by_name(STORE), by_name(f"chart, {STORE}")
+    assert component.keys() == chart.keys() == by_name("base").keys() - {
+        ("PersistentVolumeClaim", "shardlane-shared")
+    } | {("NetworkPolicy", "shardlane-object-storage")}  # fmt: skip
+    for key, each in component.items():
         assert chart[key] == each, key
 
 
 def test_with_cert_manager_it_renders_to_the_component() -> None:
     component, chart = (
-        {f"{each['kind']}/{each['metadata']['name']}": each["spec"] for each in of_kind(rendering(name), "Issuer", "Certificate")}
+        {
+            f"{each['kind']}/{each['metadata']['name']}": each.get("spec") or each.get("rules")
+            for each in of_kind(rendering(name), "Issuer", "Certificate", "Secret", "Role")
+        }
         for name in ("components", "chart, all of it")
     )
-    assert json.loads(json.dumps(chart).replace("llama-", "shardlane-")) == component and len(component) == 7
+    assert json.loads(json.dumps(chart).replace("llama-", "shardlane-")) == component and len(component) == 9
+
+
+def test_where_the_store_is_can_be_said() -> None:
+    """Variables for every process, whose Secret may be missing: a machine has an identity of its own, perhaps."""
+    name, config = "AWS_ENDPOINT_URL", '[data]\npath = "s3://bucket/data"\n[checkpoint]\npath = "s3://bucket/run"\n'
+    store = {"enabled": True, "environment": {name: "http://minio:9000"}, "egress": {"ports": [9000], "to": [{"podSelector": {}}]}}
+    rendered = helm("chart.render(values)", {"config": config, "objectStorage": store})
+    objects = tuple(each for text in rendered.values() for each in yaml.safe_load_all(text) if each)
+    found = [container for each in of_kind(objects, "StatefulSet") for container in containers(each["spec"]["template"]["spec"])]
+    assert len(found) == 4 and not any("envFrom" in container for container in found)
+    assert all({"name": name, "value": "http://minio:9000"} in container["env"] for container in found)
+    [policy] = [each for each in of_kind(objects, "NetworkPolicy") if each["metadata"]["name"].endswith("object-storage")]
+    assert policy["spec"]["egress"] == [{"ports": [{"port": 9000}], "to": [{"podSelector": {}}]}]
 
 
 def test_lint_finds_nothing_but_that_there_is_no_icon() -> None:
@@ -76,6 +103,9 @@ def test_it_is_of_the_code_s_version() -> None:
         ({"storage": {"shared": {"size": "20 GB"}}}, "/storage/shared/size"),
         ({"worker": {"gpu": 1}}, "gpu"),
         ({"image": {"pullPolicy": "Sometimes"}}, "/image/pullPolicy"),
+        ({"objectStorage": {"egress": {"ports": []}}}, "/objectStorage/egress/ports"),
+        ({"objectStorage": {"environment": {"SHARDLANE_INSECURE": "1"}}}, "'SHARDLANE_INSECURE' does not match pattern"),
+        ({"objectStorage": {"enabled": True}}, "config has a path below /shared"),
         (
             {"config": '[cluster]\nstages = 3\n[model]\npreset = "demo"\n'},
             "config has a [cluster], which the value `cluster` says",

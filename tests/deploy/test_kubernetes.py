@@ -15,12 +15,14 @@ import yaml
 
 from shardlane import __version__
 from shardlane import config as configs
+from shardlane.certificates import JOIN_SECRET
 from shardlane.tls import ROLES, name_of
 from tests.deploy import restricted
 from tests.deploy.renderings import (
     COMPONENT,
     MEMBERS,
     RENDERINGS,
+    STORE_SECRET,
     Object,
     containers,
     environment_of,
@@ -161,6 +163,10 @@ def test_services_start_as_the_code_wants_it(objects: tuple[Object, ...], reposi
         [secret] = [each["secret"] for each in pod["volumes"] if each["name"] == "certs"]
         assert secret["secretName"].endswith(f"-{role}-tls") and secret["defaultMode"] == 0o440
         assert [(each["key"], each["path"]) for each in secret["items"]] == [(file, file) for file in FILES.values()]
+        [join] = [each["mountPath"] for each in container["volumeMounts"] if each["name"] == "join"]
+        [secret] = [each["secret"] for each in pod["volumes"] if each["name"] == "join"]
+        assert flags.join_secret_file == f"{join}/{JOIN_SECRET}" and secret["secretName"].endswith("-join")
+        assert secret["items"] == [{"key": JOIN_SECRET, "path": JOIN_SECRET}] and secret["defaultMode"] == 0o440
         assert {port["name"]: port["containerPort"] for port in container["ports"]} == {
             "grpc": GRPC_PORT,
             "metrics": METRICS_PORT,
@@ -211,7 +217,9 @@ def test_as_many_start_as_the_config_places(objects: tuple[Object, ...], tmp_pat
     if "chart, all of it" in request.node.callspec.params.values():
         wanted["worker"] += 1  # a spare
     assert {role: workload["spec"]["replicas"] for role, workload in members(objects).items()} == wanted
-    assert config.data.path.startswith("/shared/") and config.checkpoint.path.startswith("/shared/")
+    has_store = not of_kind(objects, "PersistentVolumeClaim")
+    place = "s3://bucket/" if has_store else "/shared/"
+    assert config.data.path.startswith(place) and config.checkpoint.path.startswith(place)
     pod = members(objects)["coordinator"]["spec"]["template"]["spec"]
     prepare, coordinator = pod["initContainers"][0]["args"], pod["containers"][0]["args"]
     assert prepare == ["shardlane.cli", "prepare", coordinator[2], "--run-dir", coordinator[4]]
@@ -221,13 +229,16 @@ def test_references_hold(objects: tuple[Object, ...], request: pytest.FixtureReq
     names = {(each["kind"], each["metadata"]["name"]) for each in objects}
     names |= {("Secret", each["spec"]["secretName"]) for each in of_kind(objects, "Certificate")}
     if "chart, least of it" in request.node.callspec.params.values():
-        names |= {("Secret", f"r-{role}-tls") for role in MEMBERS}  # certificates: existing
+        names |= {("Secret", f"r-{role}-tls") for role in MEMBERS} | {("Secret", "r-join")}  # certificates: existing
     for name, template in pod_templates(objects):
         pod = template["spec"]
         templates = [each for role in members(objects).values() for each in role["spec"].get("volumeClaimTemplates", ())]
         volumes = {each["name"] for each in [*pod.get("volumes", ()), *(each["metadata"] for each in templates)]}
         for container in containers(pod):
             assert {mount["name"] for mount in container.get("volumeMounts", ())} <= volumes
+            given = [each["secretRef"]["name"] for each in container.get("envFrom", ())]
+            is_in_store = name.startswith("StatefulSet") and not of_kind(objects, "PersistentVolumeClaim")
+            assert given == ([STORE_SECRET] if is_in_store else [])
         for volume in pod.get("volumes", ()):
             wanted = {
                 ("Secret", volume.get("secret", {}).get("secretName")),
@@ -251,10 +262,14 @@ def test_the_job_may_fill_the_secrets_that_are_there_and_no_others(objects: tupl
     if not jobs:
         assert not secrets and not of_kind(objects, "Role", "RoleBinding", "ServiceAccount")
         return
-    assert len(jobs) == 2 and jobs[0] == jobs[1], "the Job and the CronJob do the same"
-    module, command, flag, prefix = jobs[0]["spec"]["containers"][0]["args"]
+    module, command, flag, prefix, *only = jobs[0]["spec"]["containers"][0]["args"]
     assert (module, command, flag) == ("shardlane.cli", "certs", "--kubernetes-secrets")
-    filled = [f"{prefix}-authority", *(f"{prefix}-{role}-tls" for role in ROLES)]
+    filled = [f"{prefix}-join"]
+    if of_kind(objects, "Certificate"):
+        assert len(jobs) == 1 and only == ["--join-secret-only"], "the rest is cert-manager's"
+    else:
+        assert len(jobs) == 2 and jobs[0] == jobs[1] and not only, "the Job and the CronJob do the same"
+        filled = [f"{prefix}-authority", *(f"{prefix}-{role}-tls" for role in ROLES), *filled]
     assert secrets == set(filled) and all("data" not in each for each in of_kind(objects, "Secret"))
     [role] = of_kind(objects, "Role")
     assert role["rules"] == [{"apiGroups": [""], "resources": ["secrets"], "resourceNames": filled, "verbs": ["get", "patch"]}]
@@ -274,7 +289,7 @@ def test_cert_manager_makes_what_the_job_would(name: str) -> None:
         assert spec["secretName"].endswith(f"-{role}-tls")
     [issuer] = [each for each in of_kind(objects, "Issuer") if "ca" in each["spec"]]
     assert issuer["spec"]["ca"]["secretName"] == certificates["authority"]["secretName"]
-    assert not of_kind(objects, "Secret", "Job", "CronJob")
+    assert not of_kind(objects, "CronJob")
 
 
 # ---- monitoring ---------------------------------------------------------------------------------------------------------
@@ -314,8 +329,9 @@ def test_the_disruption_budget_is_of_shards(objects: tuple[Object, ...]) -> None
 
 
 def test_pods_share_a_node_where_their_volume_does(objects: tuple[Object, ...]) -> None:
-    [claim] = of_kind(objects, "PersistentVolumeClaim")
-    is_shared = claim["spec"]["accessModes"] == ["ReadWriteMany"]
+    claims = of_kind(objects, "PersistentVolumeClaim")
+    assert len(claims) <= 1
+    is_shared = all(claim["spec"]["accessModes"] == ["ReadWriteMany"] for claim in claims)  # or is in a bucket
     labels = {role: each["spec"]["template"]["metadata"]["labels"] for role, each in members(objects).items()}
     for role, workload in members(objects).items():
         affinity = workload["spec"]["template"]["spec"].get("affinity", {})

@@ -7,7 +7,7 @@ import pytest
 from coordinator.service import CALLERS as OF_COORDINATOR
 from ps_service.peers import CALLERS as OF_SHARD
 from shardlane.tls import ROLES
-from tests.deploy.renderings import COMPONENT, MEMBERS, RENDERINGS, Object, members, of_kind, pod_templates, rendering, selects
+from tests.deploy.renderings import COMPONENT, MEMBERS, RENDERINGS, STORE, Object, members, of_kind, pod_templates, rendering, selects
 from tests.deploy.test_manifests import GRPC_PORT, METRICS_PORT
 from worker_service.service import CALLERS as OF_WORKER
 
@@ -58,7 +58,7 @@ def test_who_may_call_may_connect_and_nobody_else(objects: tuple[Object, ...]) -
         for target in MEMBERS:
             may = {(source, target)} <= wanted
             into = opened(objects, "ingress", labels[target], labels[source])
-            out = opened(objects, "egress", labels[source], labels[target]) - {53}
+            out = opened(objects, "egress", labels[source], labels[target]) - {53, *to_store(objects)}
             assert into == out == ({GRPC_PORT} if may else set()), (source, target)
     assert len(wanted) == 8
 
@@ -69,12 +69,18 @@ def test_only_the_namespace_of_prometheus_may_ask_for_metrics(objects: tuple[Obj
         assert opened(objects, "ingress", labels_of(objects)[role], None, "somewhere") == set()
 
 
+def to_store(objects: tuple[Object, ...]) -> set[int]:
+    has_policy = any(each["metadata"]["name"].endswith(f"-{STORE}") for each in of_kind(objects, "NetworkPolicy"))
+    assert has_policy is not bool(of_kind(objects, "PersistentVolumeClaim")), "checkpoints are here or there"
+    return {443} if has_policy else set()
+
+
 def test_nothing_else_goes_out_or_in(objects: tuple[Object, ...]) -> None:
-    """But names to be resolved, and certificates to the API server."""
+    """But names to be resolved, certificates to the API server, and checkpoints to their store."""
     for name, pod in pod_templates(objects):
         labels = pod["metadata"]["labels"]
         out = opened(objects, "egress", labels, None, "somewhere")
         if name.endswith("-certificates"):
             assert out >= {53, 443, 6443} and opened(objects, "ingress", labels, labels) == set()
         else:
-            assert out == {53}
+            assert out == {53, *to_store(objects)}

@@ -18,9 +18,11 @@ from cryptography import x509
 from shardlane.certificates import Authority
 from shardlane.cli.__main__ import main
 from shardlane.errors import UnreachableError, UserError
-from shardlane.kubernetes import ANSWER_BYTES_MAX, ConflictError, SecretStore, fill_secrets
+from shardlane.kubernetes import ANSWER_BYTES_MAX, ConflictError, SecretStore, fill_join_secret, fill_secrets
+from shardlane.secret_file import read_secret
 from shardlane.tls import ROLES, Tls, name_of
 
+JOIN = "shardlane-join"
 NAMES = ["shardlane-authority", *(f"shardlane-{role}-tls" for role in ROLES)]
 NOW = datetime(2026, 11, 1, tzinfo=UTC)
 PATH = "/api/v1/namespaces/training/secrets/"
@@ -30,8 +32,8 @@ class ApiServer:
     """Holds Secrets; `before_update` is called with a name before each update, `answer` replaces what it would say."""
 
     def __init__(self, folder: Path) -> None:
-        self.secrets: dict[str, dict[str, str]] = {name: {} for name in NAMES}
-        self.versions = dict.fromkeys(NAMES, 1)
+        self.secrets: dict[str, dict[str, str]] = {name: {} for name in (*NAMES, JOIN)}
+        self.versions = dict.fromkeys(self.secrets, 1)
         self.calls: list[str] = []
         self.before_update: Callable[[str], None] = lambda name: None
         self.answer: tuple[int, bytes] | None = None
@@ -259,6 +261,8 @@ def test_who_is_not_in_a_pod_is_told_so(tmp_path: Path, capsys: pytest.CaptureFi
         SecretStore.of_pod({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, tmp_path / "nowhere")
     assert main(["certs"]) == 2 and main(["certs", str(tmp_path), "--kubernetes-secrets", "shardlane"]) == 2
     assert capsys.readouterr().err == "shardlane: give a folder, or --kubernetes-secrets, and not both\n" * 2
+    assert main(["certs", str(tmp_path), "--join-secret-only"]) == 2
+    assert "--join-secret-only is for --kubernetes-secrets" in capsys.readouterr().err
 
 
 def test_the_command_says_what_it_has_done(
@@ -266,7 +270,9 @@ def test_the_command_says_what_it_has_done(
 ) -> None:
     monkeypatch.setattr(SecretStore, "of_pod", lambda: store)
     assert main(["certs", "--kubernetes-secrets", "shardlane", "--days", "30"]) == 0
-    assert capsys.readouterr().out.count("a certificate good for 30 days, for there was none") == len(ROLES)
+    out = capsys.readouterr().out
+    assert out.count("a certificate good for 30 days, for there was none") == len(ROLES)
+    assert out.endswith("shardlane-join: a new secret for join tokens\n")
     assert main(["certs", "--kubernetes-secrets", "shardlane"]) == 0
     assert capsys.readouterr().out == "shardlane: the certificates of coordinator, shard, worker, operator are good\n"
 
@@ -275,3 +281,46 @@ def test_other_keys_of_a_secret_stay(server: ApiServer, store: SecretStore) -> N
     server.put("shardlane-shard-tls", {"notes": base64.b64encode(b"mine").decode()})
     fill(store)
     assert store.read("shardlane-shard-tls").data["notes"] == b"mine"
+
+
+# ---- the secret for join tokens ---------------------------------------------------------------------------------------------
+
+
+def test_the_join_secret_is_made_once_and_is_one_that_processes_start_with(
+    server: ApiServer, store: SecretStore, tmp_path: Path
+) -> None:
+    assert fill_join_secret(store, "shardlane") == ["shardlane-join: a new secret for join tokens"]
+    made = server.read(JOIN)
+    assert made.keys() == {"join.secret"}
+    (tmp_path / "join.secret").write_bytes(made["join.secret"])
+    assert len(read_secret(tmp_path / "join.secret")) == 64
+    assert fill_join_secret(store, "shardlane") == [] and server.read(JOIN) == made
+    put(server, JOIN, {"join.secret": b"\n"})
+    assert fill_join_secret(store, "shardlane") and server.read(JOIN)["join.secret"] != made["join.secret"], "emptied, a new one"
+
+
+def test_of_two_join_secrets_the_first_stays(server: ApiServer, store: SecretStore) -> None:
+    """The other one's pods may have started with it."""
+    server.before_update = lambda name: put(server, name, {"join.secret": b"a" * 64})
+    assert fill_join_secret(store, "shardlane") == []
+    assert server.read(JOIN) == {"join.secret": b"a" * 64}
+
+
+def test_a_person_s_join_secret_stays_and_one_that_is_too_short_is_told(server: ApiServer, store: SecretStore) -> None:
+    put(server, JOIN, {"join.secret": b"b" * 32})
+    assert fill_join_secret(store, "shardlane") == []
+    put(server, JOIN, {"join.secret": b"short\n"})
+    with pytest.raises(UserError, match=r"join\.secret of the Secret shardlane-join has 5 bytes; expected 32 at least; empty it"):
+        fill_join_secret(store, "shardlane")
+
+
+def test_beside_cert_manager_no_other_secret_is_touched(
+    server: ApiServer, store: SecretStore, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(SecretStore, "of_pod", lambda: store)
+    for _ in range(2):
+        assert main(["certs", "--kubernetes-secrets", "shardlane", "--join-secret-only"]) == 0
+    first, again = capsys.readouterr().out.splitlines()
+    assert first == "shardlane-join: a new secret for join tokens"
+    assert again == "shardlane: the secret for join tokens is there"
+    assert server.calls == [f"GET {JOIN}", f"PATCH {JOIN}", f"GET {JOIN}"]

@@ -17,6 +17,9 @@ helm.sh/chart: {{ .Chart.Name }}-{{ .Chart.Version }}
 {{- if regexMatch "(?m)^\\s*\\[\\s*cluster" .Values.config }}
 {{- fail "config has a [cluster], which the value `cluster` says; take it out" }}
 {{- end -}}
+{{- if and .Values.objectStorage.enabled (contains "\"/shared" .Values.config) }}
+{{- fail "config has a path below /shared, and with objectStorage.enabled there is no shared volume; write s3://BUCKET/PREFIX" }}
+{{- end -}}
 {{ .Values.config | trimSuffix "\n" }}
 
 [cluster]
@@ -53,7 +56,7 @@ imagePullSecrets:
 {{- end }}
 {{- end }}
 
-{{- /* The pod that fills the Secrets with certificates, of the Job and of the CronJob. */}}
+{{- /* The pod that fills the Secrets, of the Job and of the CronJob. */}}
 {{- define "shardlane.certificates" -}}
 metadata:
   labels:
@@ -70,7 +73,8 @@ spec:
   containers:
     - name: certificates
       {{- include "shardlane.container" . | nindent 6 }}
-      args: [shardlane.cli, certs, --kubernetes-secrets, {{ include "shardlane.name" . }}]
+      {{- $only := eq .Values.certificates "cert-manager" | ternary (list "--join-secret-only") list }}
+      args: {{ concat (list "shardlane.cli" "certs" "--kubernetes-secrets" (include "shardlane.name" .)) $only | toJson }}
       resources:
         requests:
           cpu: 100m
@@ -114,9 +118,10 @@ terminationGracePeriodSeconds: {{ index . 2 }}
 nodeSelector:
   {{- toYaml . | nindent 2 }}
 {{- end }}
-{{- if or (not $.Values.storage.shared.manyNodes) (eq (index . 1) "shard") }}
+{{- $together := not (or $.Values.storage.shared.manyNodes $.Values.objectStorage.enabled) }}
+{{- if or $together (eq (index . 1) "shard") }}
 affinity:
-  {{- if not $.Values.storage.shared.manyNodes }}
+  {{- if $together }}
   podAffinity:
     requiredDuringSchedulingIgnoredDuringExecution:
       - topologyKey: kubernetes.io/hostname
@@ -179,9 +184,46 @@ livenessProbe:
   value: /certs/tls.crt
 - name: SHARDLANE_SSL_KEYFILE
   value: /certs/tls.key
+- name: SHARDLANE_JOIN_SECRET_FILE
+  value: /join/join.secret
 {{- end }}
 
-{{- /* (list $ component): a pod waits until all three keys are there. */}}
+{{- /* The store's own variables, for every process: endpoint, region, credentials. */}}
+{{- define "shardlane.storeSecret" -}}
+{{- if and .Values.objectStorage.enabled .Values.objectStorage.secret }}
+envFrom:
+  - secretRef:
+      name: {{ .Values.objectStorage.secret }}
+{{- end }}
+{{- end }}
+
+{{- define "shardlane.storeEnvironment" -}}
+{{- if .Values.objectStorage.enabled }}
+{{- range $name, $value := .Values.objectStorage.environment }}
+- name: {{ $name }}
+  value: {{ $value | quote }}
+{{- end }}
+{{- end }}
+{{- end }}
+
+{{- /* There is no home for it; members get the config from the coordinator. */}}
+{{- define "shardlane.dataCache" -}}
+{{- if .Values.objectStorage.enabled }}
+- name: SHARDLANE_DATA__CACHE
+  value: /tmp/data
+{{- end }}
+{{- end }}
+
+{{- define "shardlane.secretMounts" -}}
+- name: certs
+  mountPath: /certs
+  readOnly: true
+- name: join
+  mountPath: /join
+  readOnly: true
+{{- end }}
+
+{{- /* (list $ component): a pod waits until all keys are there. */}}
 {{- define "shardlane.volumes" -}}
 - name: certs
   secret:
@@ -194,9 +236,18 @@ livenessProbe:
         path: tls.crt
       - key: tls.key
         path: tls.key
+- name: join
+  secret:
+    secretName: {{ include "shardlane.name" (index . 0) }}-join
+    defaultMode: 0440
+    items:
+      - key: join.secret
+        path: join.secret
 - name: tmp
   emptyDir: {}
+{{- if not (index . 0).Values.objectStorage.enabled }}
 - name: shared
   persistentVolumeClaim:
     claimName: {{ include "shardlane.name" (index . 0) }}-shared
+{{- end }}
 {{- end }}
