@@ -223,7 +223,7 @@ class MemoryPlan:
     """Bytes that one process of each role holds for good, without activations and transport buffers."""
 
     model: int
-    shard: int  # the fullest shard: weights, optimizer state and one sum of each chunk that it holds
+    shard: int  # the fullest shard: weights, optimizer state and one sum of each chunk that it holds; under ASP what lanes read
     stage: int  # the fullest stage: weights and one gradient of each site, and the partial sums of its lanes
 
 
@@ -231,6 +231,7 @@ def memory_plan(config: Config, shard_chunks: Sequence[Sequence[ChunkId]], num_s
     """`shard_chunks`: the chunks of which each shard is primary; a shard holds about `num_shard_copies` times as much."""
     layout = Layout.of(config)
     states = 2 + len(state_names(config.optimizer.name, config.train.num_past))
+    states += config.train.lanes if config.train.goes_by_turns else 0  # what each lane's turn is computed from
     shard = max(sum(layout.chunks[chunk].num_bytes for chunk in chunks) for chunks in shard_chunks)
     stage = stage_bytes(config, config.cluster.stages, config.cluster.replicas)
     return MemoryPlan(layout.num_parameters * BYTES_PER_ELEMENT, shard * states * num_shard_copies, stage)

@@ -40,6 +40,9 @@ Certs = Annotated[
     ),
 ]
 Step = Annotated[int | None, typer.Option("--step", min=0, metavar="N", help="Which checkpoint; default: the newest.")]
+Stages = Annotated[int | None, typer.Option("--stages", metavar="P", help="Pipeline stages.")]
+Replicas = Annotated[int | None, typer.Option("--replicas", metavar="R", help="Chains of workers, one a stage.")]
+Shards = Annotated[int | None, typer.Option("--shards", metavar="S", help="Parameter shards.")]
 ForkRun = Annotated[
     bool, typer.Option("--fork-run", help="Go on from the checkpoint although the mathematics changed: another run.")
 ]

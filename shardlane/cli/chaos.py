@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
-from shardlane.cli.arguments import ConfigCommand, RunDir, load_config
+from shardlane.cli.arguments import ConfigCommand, Replicas, RunDir, Shards, Stages, load_config
 from shardlane.errors import UserError
 
 if TYPE_CHECKING:
@@ -49,9 +49,9 @@ def chaos(
         Path | None, typer.Argument(metavar="[CONFIG]", help="The run's settings, TOML or YAML; default: a tiny model.")
     ] = None,
     run_dir: RunDir = Path("runs/chaos"),
-    stages: Annotated[int | None, typer.Option("--stages", metavar="P", help="Pipeline stages.")] = None,
-    replicas: Annotated[int | None, typer.Option("--replicas", metavar="R", help="Chains of workers, one a stage.")] = None,
-    shards: Annotated[int | None, typer.Option("--shards", metavar="S", help="Parameter shards.")] = None,
+    stages: Stages = None,
+    replicas: Replicas = None,
+    shards: Shards = None,
     seed: Annotated[int, typer.Option("--seed", metavar="N", help="Of the faults; the same seed, the same faults.")] = 0,
     faults: Annotated[
         int | None, typer.Option("--faults", min=1, metavar="N", help="Faults of every kind and role; workers count by stage.")

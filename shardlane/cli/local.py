@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from shardlane.cli.arguments import ConfigCommand, ConfigFile, ForkRun, RunDir, load_config
+from shardlane.cli.arguments import ConfigCommand, ConfigFile, ForkRun, Replicas, RunDir, Shards, Stages, load_config
 
 if TYPE_CHECKING:
     from shardlane.cli.cluster import Attendant, Commands
@@ -38,9 +38,9 @@ def local(
     context: typer.Context,
     config_file: ConfigFile,
     run_dir: RunDir,
-    stages: Annotated[int | None, typer.Option("--stages", metavar="P", help="Pipeline stages.")] = None,
-    replicas: Annotated[int | None, typer.Option("--replicas", metavar="R", help="Chains of workers, one a stage.")] = None,
-    shards: Annotated[int | None, typer.Option("--shards", metavar="S", help="Parameter shards.")] = None,
+    stages: Stages = None,
+    replicas: Replicas = None,
+    shards: Shards = None,
     fork_run: ForkRun = False,
     control_token_file: Annotated[
         Path | None,

@@ -19,7 +19,7 @@ from shardlane.tally import LaneRun, Tally
 TINY = Path(__file__).parents[2] / "configs" / "tiny.toml"
 COMMANDS = [
     *("local", "chaos", "reference", "prepare", "status", "pause", "resume", "checkpoint", "stop", "digest", "ledger"),
-    *("export", "generate", "top", "join-token"),
+    *("export", "generate", "top", "join-token", "size"),
 ]
 
 
