@@ -43,7 +43,9 @@ def certs(
     ] = "",
     join_secret_only: Annotated[
         bool,
-        typer.Option("--join-secret-only", help="Of the Secrets only PREFIX-join: the certificates are another's, cert-manager's."),
+        typer.Option(
+            "--join-secret-only", help="Of the Secrets only PREFIX-join: the certificates are another's, cert-manager's."
+        ),
     ] = False,
 ) -> None:
     """Make certificates for mutual TLS: an authority, and a certificate for each role (coordinator, shard, worker, operator).

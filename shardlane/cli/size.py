@@ -8,7 +8,7 @@ from shardlane.cli.arguments import ConfigCommand, ConfigFile, Replicas, Shards,
 
 EPILOG = """[bold]Examples[/bold]
 
-shardlane size configs/20m.toml --stages 2 --replicas 2 --shards 2
+shardlane size configs/demo.toml --stages 2 --replicas 2 --shards 2
 
 shardlane size configs/llama-3.2-1b.toml --stages 4 --shards 8 --communication.push int8
 
@@ -30,9 +30,7 @@ def size(
     from shardlane import sizing
     from shardlane.partition import Layout, state_names
 
-    config = load_config(
-        context, config_file, {"cluster.stages": stages, "cluster.replicas": replicas, "cluster.shards": shards}
-    )
+    config = load_config(context, config_file, {"cluster.stages": stages, "cluster.replicas": replicas, "cluster.shards": shards})
     memory, traffic, checkpoint = sizing.memory(config), sizing.traffic(config), sizing.checkpoint_bytes(config)
     cluster, train, transport = config.cluster, config.train, config.transport
     states = len(state_names(config.optimizer.name, train.num_past))
@@ -42,7 +40,9 @@ def size(
     print(f"shape       {cluster.stages} stages x {cluster.replicas} replicas, {cluster.shards} shards, {copies} copies")
     print(f"shard       {_mb(memory.shard)}: weights, {states} states and a sum of its share, and of the copies it keeps")
     print(f"worker      {_mb(memory.stage)}: weights, a gradient and partial sums of the fullest stage")
-    print(f"            queues at most {_mb(transport.inbox_bytes)} in and {_mb(transport.push_queue_bytes)} out, if it comes to that")
+    print(
+        f"            queues at most {_mb(transport.inbox_bytes)} in and {_mb(transport.push_queue_bytes)} out, if it comes to that"
+    )
     print(f"network     {_mb(total)} a step of {train.global_batch_size * train.seq_len:,} tokens, all links together:")
     print(f"            {_mb(traffic.activations)} activations and their gradients, between stages")
     print(f"            {_mb(traffic.pushes)} gradients to shards, {_mb(traffic.pulls)} parameters from them")

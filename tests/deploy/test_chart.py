@@ -72,7 +72,11 @@ def test_with_cert_manager_it_renders_to_the_component() -> None:
 def test_where_the_store_is_can_be_said() -> None:
     """Variables for every process, whose Secret may be missing: a machine has an identity of its own, perhaps."""
     name, config = "AWS_ENDPOINT_URL", '[data]\npath = "s3://bucket/data"\n[checkpoint]\npath = "s3://bucket/run"\n'
-    store = {"enabled": True, "environment": {name: "http://minio:9000"}, "egress": {"ports": [9000], "to": [{"podSelector": {}}]}}
+    store = {
+        "enabled": True,
+        "environment": {name: "http://minio:9000"},
+        "egress": {"ports": [9000], "to": [{"podSelector": {}}]},
+    }
     rendered = helm("chart.render(values)", {"config": config, "objectStorage": store})
     objects = tuple(each for text in rendered.values() for each in yaml.safe_load_all(text) if each)
     found = [container for each in of_kind(objects, "StatefulSet") for container in containers(each["spec"]["template"]["spec"])]

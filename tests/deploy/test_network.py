@@ -7,7 +7,18 @@ import pytest
 from coordinator.service import CALLERS as OF_COORDINATOR
 from ps_service.peers import CALLERS as OF_SHARD
 from shardlane.tls import ROLES
-from tests.deploy.renderings import COMPONENT, MEMBERS, RENDERINGS, STORE, Object, members, of_kind, pod_templates, rendering, selects
+from tests.deploy.renderings import (
+    COMPONENT,
+    MEMBERS,
+    RENDERINGS,
+    STORE,
+    Object,
+    members,
+    of_kind,
+    pod_templates,
+    rendering,
+    selects,
+)
 from tests.deploy.test_manifests import GRPC_PORT, METRICS_PORT
 from worker_service.service import CALLERS as OF_WORKER
 
