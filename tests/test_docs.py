@@ -34,7 +34,7 @@ SUFFIXES = {"json", "jsonl", "md", "py", "toml", "yaml", "yml"}  # `pipeline.jso
 
 
 def code_in(text: str) -> Iterator[str]:
-    """Fenced and indented blocks, a line each, continued ones joined; and what stands between backticks, of a table without its `\\|`."""
+    """Of blocks each line, continued ones joined; and what stands between backticks, `\\|` of a table as `|`."""
     text = re.sub(r"\\\n\s*", " ", text)
     for block in re.findall(r"^```[^\n]*\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
         yield from block.splitlines()

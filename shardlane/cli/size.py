@@ -40,9 +40,7 @@ def size(
     print(f"shape       {cluster.stages} stages x {cluster.replicas} replicas, {cluster.shards} shards, {copies} copies")
     print(f"shard       {_mb(memory.shard)}: weights, {states} states and a sum of its share, and of the copies it keeps")
     print(f"worker      {_mb(memory.stage)}: weights, a gradient and partial sums of the fullest stage")
-    print(
-        f"            queues at most {_mb(transport.inbox_bytes)} in and {_mb(transport.push_queue_bytes)} out, if it comes to that"
-    )
+    print(f"            queues at most {_mb(transport.inbox_bytes)} in and {_mb(transport.push_queue_bytes)} out")
     print(f"network     {_mb(total)} a step of {train.global_batch_size * train.seq_len:,} tokens, all links together:")
     print(f"            {_mb(traffic.activations)} activations and their gradients, between stages")
     print(f"            {_mb(traffic.pushes)} gradients to shards, {_mb(traffic.pulls)} parameters from them")
