@@ -24,7 +24,7 @@ def size(
 ) -> None:
     """Say what a run will take, by its config: memory of a shard and of a worker, bytes a step, disk. Nothing is started.
 
-    Memory is what is held for good. A process takes about 300 MB for Python and torch besides, a worker its activations, and
+    Memory is what is held for good. A process takes about 400 MB for Python and torch besides, a worker its activations, and
     both take queues, whose bounds are settings.
     """
     from shardlane import sizing
