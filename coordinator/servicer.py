@@ -57,7 +57,7 @@ class CoordinatorServicer:
     ) -> coordinator_pb2.HeartbeatResponse:
         coordinator = self._coordinator
         with _not_found(context):
-            coordinator.heartbeat(translation.heartbeat_from_wire(request, coordinator.config.train.lanes))
+            coordinator.heartbeat(translation.heartbeat_from_wire(request, coordinator.config.train.lanes, coordinator.num_chunks))
         with coordinator.reading():
             return coordinator_pb2.HeartbeatResponse(
                 lease_seconds=coordinator.config.cluster.lease_seconds,
@@ -101,7 +101,9 @@ class CoordinatorServicer:
     def ReportCheckpoint(
         self, request: coordinator_pb2.ReportCheckpointRequest, context: grpc.ServicerContext
     ) -> coordinator_pb2.ReportCheckpointResponse:
-        report = translation.checkpoint_from_wire(request, self._coordinator.num_chunks)
+        report = translation.checkpoint_from_wire(
+            request, self._coordinator.config.train.lanes, self._coordinator.num_chunks
+        )
         with _not_found(context):
             self._coordinator.report_checkpoint(report, request.SerializeToString())
         return coordinator_pb2.ReportCheckpointResponse()
@@ -122,4 +124,4 @@ def _not_found(context: grpc.ServicerContext) -> Iterator[None]:
     try:
         yield
     except UnknownMemberError as error:
-        context.abort(grpc.StatusCode.NOT_FOUND, str(error))
+        context.abort(grpc.StatusCode.NOT_FOUND, rpc.reason_of(error))

@@ -275,7 +275,9 @@ class Coordinator:
             validation = validation_from_wire(coordinator_pb2.ReportValidationRequest.FromString(body))
             self._perform(self.run.on_validation(validation)[1])
         else:
-            part = checkpoint_from_wire(coordinator_pb2.ReportCheckpointRequest.FromString(body), self.num_chunks)
+            part = checkpoint_from_wire(
+                coordinator_pb2.ReportCheckpointRequest.FromString(body), self.config.train.lanes, self.num_chunks
+            )
             self._perform(self.run.on_checkpoint_part(part)[1])
 
     def _on_committed(self, mark: CheckpointMark) -> None:

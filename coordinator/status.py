@@ -16,6 +16,9 @@ from shardlane import wire
 from shardlane.pb import coordinator_pb2
 
 
+UINT32_MAX = (1 << 32) - 1
+
+
 def status_of(coordinator: Coordinator, points: int) -> coordinator_pb2.GetStatusResponse:
     """`points`: most of each curve; 0: without curves, events and checkpoints."""
     with coordinator.reading():
@@ -37,7 +40,7 @@ def status_of(coordinator: Coordinator, points: int) -> coordinator_pb2.GetStatu
             goodput_tokens_per_second=goodput_tokens_per_second,
             consistency=train.consistency,
             staleness=train.staleness,
-            clock_spread_steps=clock_spread(run),
+            clock_spread_steps=min(clock_spread(run), UINT32_MAX),
             skipped_steps=run.steps.num_skipped,
             unix_seconds=time.time(),
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 from coordinator.core.events import (
     CheckpointReport,
@@ -18,6 +19,7 @@ from shardlane.ids import ChunkId, Incarnation, Step, Version
 from shardlane.pb import coordinator_pb2
 
 STEPS_MAX = 512  # summaries in one heartbeat
+_PART = re.compile(r"part-[\w.-]{1,128}\.safetensors")
 
 _CONTROLS: dict[int, Control] = {
     coordinator_pb2.CONTROL_ACTION_PAUSE: Control.PAUSE,
@@ -40,8 +42,11 @@ def registration_from_wire(request: coordinator_pb2.RegisterRequest) -> Registra
     )
 
 
-def heartbeat_from_wire(request: coordinator_pb2.HeartbeatRequest, num_lanes: int) -> Heartbeat:
+def heartbeat_from_wire(request: coordinator_pb2.HeartbeatRequest, num_lanes: int, num_chunks: int) -> Heartbeat:
     """Raises `MalformedError`."""
+    wire.check_counts("a heartbeat's version", request.version)
+    if (told := max(len(request.caught_up), len(request.diverged))) > num_chunks:
+        raise MalformedError(f"a heartbeat tells of copies of {told} chunks; the model has {num_chunks}")
     if len(request.steps) > STEPS_MAX:
         raise MalformedError(f"a heartbeat tells of {len(request.steps)} steps; at most {STEPS_MAX} fit")
     return Heartbeat(
@@ -84,6 +89,8 @@ def summary_to_wire(summary: StepSummary) -> coordinator_pb2.StepSummary:
 
 
 def validation_from_wire(request: coordinator_pb2.ReportValidationRequest) -> ValidationReport:
+    """Raises `MalformedError`."""
+    wire.check_counts("a validation", request.version, request.tokens)
     return ValidationReport(
         incarnation=Incarnation(request.incarnation),
         version=Version(request.version),
@@ -93,8 +100,15 @@ def validation_from_wire(request: coordinator_pb2.ReportValidationRequest) -> Va
     )
 
 
-def checkpoint_from_wire(request: coordinator_pb2.ReportCheckpointRequest, num_chunks: int) -> CheckpointReport:
-    """Raises `MalformedError` for a chunk that the model does not have."""
+def checkpoint_from_wire(
+    request: coordinator_pb2.ReportCheckpointRequest, num_lanes: int, num_chunks: int
+) -> CheckpointReport:
+    """Raises `MalformedError` for a chunk that the model does not have, and for a file that no shard writes."""
+    wire.check_counts("a checkpoint's part", request.version, request.optimizer_step, request.num_bytes, *request.clocks)
+    if len(request.clocks) not in (0, num_lanes):
+        raise MalformedError(f"a checkpoint's part with {len(request.clocks)} clocks; the run has {num_lanes} lanes")
+    if not request.error and not _PART.fullmatch(request.file):
+        raise MalformedError(f"{request.file[:64]!r} is no part of a checkpoint")
     if beyond := [each.chunk for each in request.chunks if each.chunk >= num_chunks]:
         raise MalformedError(f"{request.file} claims chunk {beyond[0]}; the model has {num_chunks}")
     return CheckpointReport(

@@ -35,12 +35,15 @@ def record_to_wire(record: Record) -> ps_pb2.Record:
 
 
 def record_from_wire(record: ps_pb2.Record, layout: Layout, train: TrainConfig) -> Record:
-    """Raises `MalformedError` for a chunk that the model does not have, for a tally of other sites and lanes than it has, and for
-    a turn where there is none, or of no lane.
+    """Raises `MalformedError` for a chunk that the model does not have, for a tally of other sites and lanes than it has, for a
+    turn where there is none, or of no lane, and for a step that never comes: who learnt one would forget those that do.
     """
     num_lanes, turn = train.lanes, record.turn
     if record.HasField("turn") != train.goes_by_turns or place_of(turn.number, num_lanes)[0] == num_lanes:
         raise MalformedError(f"a record of turn {turn.number} in a run of {num_lanes} lanes under {train.consistency}")
+    wire.check_counts("a record", record.step, record.tokens, turn.number, turn.staleness, turn.clock_sum)
+    if not train.goes_by_turns and record.step >= train.last_step:
+        raise MalformedError(f"a record of step {record.step}; the run ends at {train.last_step}")
     chunk = chunk_id(record.chunk, len(layout.chunks))
     tally = wire.tally_from_wire(record.tally, num_lanes)
     if tally.tables != layout.num_sites(chunk):
@@ -83,7 +86,7 @@ def merged(envelopes: Iterable[Envelope]) -> list[Envelope]:
         Envelope(*fence, Records(tuple(chain.from_iterable(each.records for each in news)))) for fence, news in records.items()
     ]
     whole += [
-        Envelope(*key[:3], Ack(key[3], tuple(chain.from_iterable(each.chunks for each in told)))) for key, told in acks.items()
+        Envelope(*key[:3], Ack(key[3], tuple(dict.fromkeys(chain.from_iterable(each.chunks for each in told))))) for key, told in acks.items()
     ]
     return others + whole
 
@@ -152,6 +155,8 @@ def from_wire(request: ps_pb2.DeliverRequest, layout: Layout, train: TrainConfig
             compared = body.parameters_digest
             message = Replicate(one(body.record), records(body.previous), bool(compared), compared)
         case "ack":
+            if len(request.ack.chunks) > num_chunks:
+                raise MalformedError(f"{len(request.ack.chunks)} chunks are acknowledged; the model has {num_chunks}")
             message = Ack(Step(request.ack.step), tuple(chunk_id(chunk, num_chunks) for chunk in request.ack.chunks))
         case "records":
             message = Records(records(request.records.records))
@@ -160,13 +165,17 @@ def from_wire(request: ps_pb2.DeliverRequest, layout: Layout, train: TrainConfig
             closed = one(refill.closed) if refill.HasField("closed") else None
             if len(refill.clocks) != (train.lanes if train.goes_by_turns else 0):
                 raise MalformedError(f"{len(refill.clocks)} clocks of {train.lanes} lanes under {train.consistency}")
+            wire.check_counts("a refill", refill.version, refill.optimizer_step)
+            clocks = tuple(LaneClock(each.taken, each.refused, Version(each.read)) for each in refill.clocks)
+            if unsound := [each for each in clocks if not each.refused <= each.taken <= refill.version >= each.read]:
+                raise MalformedError(f"a refill of version {refill.version} with a lane at {unsound[0]}")
             message = Refill(
                 chunk_id(refill.chunk, num_chunks),
                 Version(refill.version),
                 closed,
                 records(refill.previous),
                 refill.optimizer_step,
-                tuple(LaneClock(each.taken, each.refused, Version(each.read)) for each in refill.clocks),
+                clocks,
             )
         case "position":
             where = request.position

@@ -12,19 +12,20 @@ import torch
 from torch import Tensor
 
 from ps_service import envelopes
-from ps_service.core.messages import Answer, Contribution, Envelope, Outcome, Refill, Replicate
+from ps_service.core.messages import Answer, Contribution, Envelope, Message, Outcome, Refill, Replicate
 from ps_service.shard import Shard
 from shardlane import rpc, wire
 from shardlane.chunks import Assembly, byte_view, dtype_to_wire
 from shardlane.codecs import Codec
 from shardlane.communication import codec_for, pull_dtype
-from shardlane.errors import MalformedError, NotReadyError, StaleError
+from shardlane.errors import MalformedError, NotReadyError, StaleError, TooLargeError
 from shardlane.ids import ChunkId, Lane, PlanNumber, SiteIndex, Step, Version
 from shardlane.lanes import Block
 from shardlane.pb import ps_pb2, tensor_pb2
 from shardlane.turns import place_of
 
 CHUNKS_MAX = 65_536  # that a pull may ask for
+REFUSALS_MAX = 65_536  # that the answer to one stream of pushes tells of
 
 _OUTCOMES = {
     Outcome.COUNTED: ps_pb2.PUSH_OUTCOME_COUNTED,
@@ -54,6 +55,7 @@ class ShardServicer:
         self._shard = shard
         self._layout = shard.layout
         self._num_lanes = shard.config.train.lanes
+        self._lane_tokens = shard.config.train.lane_tokens
         self._instruments = shard.instruments
 
     # ---- push ----------------------------------------------------------------------------------------------------------
@@ -89,6 +91,8 @@ class ShardServicer:
         if header.site >= self._layout.num_sites(chunk):
             raise MalformedError(f"chunk {chunk} has {self._layout.num_sites(chunk)} sites; found site {header.site}")
         block = wire.block_from_wire(header.block, self._num_lanes)
+        if header.tokens > block.size * self._lane_tokens:
+            raise MalformedError(f"{header.tokens} tokens of {block.size} lanes, each of {self._lane_tokens} a step at most")
         if self._shard.config.train.goes_by_turns and block != Block(Lane(place_of(header.step, self._num_lanes)[0]), 1):
             raise MalformedError(f"turn {header.step} is not of lanes {block.first}..{block.first + block.size - 1} alone")
         return Contribution(
@@ -120,7 +124,7 @@ class ShardServicer:
         if not is_of_size or header.slice.dtype != dtype_to_wire(dtype) or header.slice.shape:
             raise MalformedError(
                 f"chunk {chunk.id} has {num_bytes} bytes of {'its code' if codec else 'fp32'};"
-                f" found {total} of dtype {header.slice.dtype}, shape {list(header.slice.shape)}"
+                f" found {total} of dtype {header.slice.dtype}, shape {list(header.slice.shape[:4])}"
             )
         if header.slice.offset:
             raise MalformedError(f"chunk {chunk.id} must begin at byte 0, found {header.slice.offset}")
@@ -141,6 +145,8 @@ class ShardServicer:
             self._instruments.pushed_bytes.inc(arriving.assembly.num_bytes)
         elif answer.outcome is Outcome.DUPLICATE:
             response.num_duplicate += 1
+        elif len(response.refused) >= REFUSALS_MAX:
+            raise TooLargeError(f"a stream of more than {REFUSALS_MAX} contributions that are refused")
         else:
             response.refused.add(
                 step=contribution.step,
@@ -240,6 +246,7 @@ class ShardServicer:
             envelope = envelopes.from_wire(header, self._layout, self._shard.config.train)
             senders_plan = envelope.plan
             values = self._values(envelope, piece, pieces) if header.slice.total else []
+            self._check_number(envelope.message, len(values))
             self._shard.deliver(envelope, values)
         plan = self._shard.plan
         if plan is not None and senders_plan is not None and senders_plan < plan.number:
@@ -277,6 +284,16 @@ class ShardServicer:
         if assembly.tensor.numel() == chunk.num_elements:
             return [assembly.tensor]
         return [part.clone() for part in assembly.tensor.split(chunk.num_elements)]
+
+    def _check_number(self, message: Message, found: int) -> None:
+        """Of tensors that came along: a state that was taken up by halves could not be mended."""
+        expected = 0
+        if isinstance(message, Replicate):
+            expected = 1
+        elif isinstance(message, Refill):
+            expected = len(self._shard.store.names) + (message.closed is not None)
+        if found != expected:
+            raise MalformedError(f"{type(message).__name__} comes with {expected} tensors of its chunk; found {found}")
 
     def _check_run(self, run_id: str) -> None:
         if run_id != self._shard.run_id:

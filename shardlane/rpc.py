@@ -41,6 +41,8 @@ KEEPALIVE_SECONDS = 10  # both ends derive from it: a client that pings more oft
 CONTROL_DEADLINE_SECONDS = 10.0
 WAIT_SECONDS = 30.0  # the longest that a server holds a call that waits
 
+REASON_BYTES_MAX = 1024
+
 _EVERY_ADDRESS = ("", "0.0.0.0", "[::]")
 _MIB = 1 << 20
 _TUNING: list[tuple[str, Any]] = [
@@ -201,28 +203,36 @@ def _sound(message: Any) -> Any:
     return message
 
 
+def reason_of(error: Exception) -> str:
+    """What a peer is told, in at most `REASON_BYTES_MAX`. It may quote the peer's own message, of whatever length: gRPC travels a
+    reason as a header, with three bytes for each that is not ASCII, and drops the whole answer if its headers exceed 8 KiB.
+    """
+    return str(error)[:REASON_BYTES_MAX].encode()[:REASON_BYTES_MAX].decode(errors="ignore")
+
+
+def _abort(error: Exception, context: grpc.ServicerContext) -> None:
+    status = status_of(error)
+    if status is not None:
+        context.abort(status, reason_of(error))
+
+
 def _guarded(behaviour: Callable[..., Any], kind: str, check: Callable[[grpc.ServicerContext], None]) -> Callable[..., Any]:
     """Turns our errors into statuses; an unknown one stays gRPC's UNKNOWN with its traceback in the log. `check` comes first."""
     sound = _sound if kind.startswith("unary") else lambda pieces: map(_sound, pieces)
-
-    def abort(error: Exception, context: grpc.ServicerContext) -> None:
-        status = status_of(error)
-        if status is not None:
-            context.abort(status, str(error)[:1024])
 
     def unary(request: Any, context: grpc.ServicerContext) -> Any:
         try:
             check(context)
             return behaviour(sound(request), context)
         except (RequestError, UserError) as error:
-            abort(error, context)
+            _abort(error, context)
 
     def stream(request: Any, context: grpc.ServicerContext) -> Iterator[Any]:
         try:
             check(context)
             yield from behaviour(sound(request), context)
         except (RequestError, UserError) as error:
-            abort(error, context)
+            _abort(error, context)
 
     return stream if kind.endswith("stream") else unary
 

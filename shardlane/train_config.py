@@ -73,6 +73,11 @@ class TrainConfig(Section):
         return self.global_batch_size // self.micro_batch_size
 
     @property
+    def lane_tokens(self) -> int:
+        """Of a lane's batch."""
+        return self.global_batch_size // self.lanes * self.seq_len
+
+    @property
     def goes_by_turns(self) -> bool:
         """ASP: every contribution of a lane is applied by itself (`shardlane/turns.py`)."""
         return self.consistency == "asp"

@@ -24,6 +24,8 @@ from shardlane.tally import LaneRun, Tally, are_runs
 PAYLOAD_FIELD = 15
 PAYLOAD_BYTES = 4 << 20
 PAYLOAD_BYTES_MAX = 8 << 20
+DIMENSIONS_MAX = 3
+COUNT_MAX = (1 << 63) - 1  # of steps, versions, tokens: what is counted never gets there, and SQLite keeps no more
 MESSAGE_BYTES_MAX = 16 << 20  # of any message: a plan of 65,536 chunks fits
 
 H = TypeVar("H", bound=Message)
@@ -156,6 +158,8 @@ def check_slice(piece: tensor_pb2.Slice, payload: Buffer, *, total_bytes_max: in
         )
     if not payload or piece.offset + len(payload) > piece.total:
         raise MalformedError(f"{what}: bytes {piece.offset}..{piece.offset + len(payload)} do not lie within 0..{piece.total}")
+    if len(piece.shape) > DIMENSIONS_MAX:  # their product could be a number of millions of digits
+        raise MalformedError(f"{what}: a shape of {len(piece.shape)} dimensions; at most {DIMENSIONS_MAX} expected")
     if piece.shape:
         size = element
         for extent in piece.shape:
@@ -167,6 +171,12 @@ def check_slice(piece: tensor_pb2.Slice, payload: Buffer, *, total_bytes_max: in
 def payload_ranges(total: int) -> list[tuple[int, int]]:
     """(offset, end) of each message's values, for a tensor of `total` bytes."""
     return [(offset, min(offset + PAYLOAD_BYTES, total)) for offset in range(0, total, PAYLOAD_BYTES)]
+
+
+def check_counts(what: str, *counts: int) -> None:
+    """Raises `MalformedError`, naming `what`, for a number that nothing counted can have reached, and that overflows with one more."""
+    if beyond := [each for each in counts if each > COUNT_MAX]:
+        raise MalformedError(f"{what}: {beyond[0]} is beyond any count; at most {COUNT_MAX}")
 
 
 # ---- nouns ------------------------------------------------------------------------------------------------------------

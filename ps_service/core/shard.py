@@ -131,7 +131,7 @@ class ShardCore:
             case Ack():
                 return self._on_ack(envelope.sender, message)
             case Refill():
-                return self._on_refill(message)
+                return self._on_refill(envelope.sender, message)
             case Position():
                 return self._on_position(envelope.sender, message)
 
@@ -264,11 +264,11 @@ class ShardCore:
                 touched.append(chunk)
         return self._settle(touched)
 
-    def _on_refill(self, message: Refill) -> list[Effect]:
-        """11. Only a learner takes it, and only what is ahead of what it holds."""
+    def _on_refill(self, sender: Incarnation, message: Refill) -> list[Effect]:
+        """11. Only a learner takes it, from the primary, and only what is ahead of what it holds."""
         assert self.plan is not None
-        chunk = message.chunk
-        if self.plan.placements[chunk].learner != self.me:
+        chunk, placement = message.chunk, self.plan.placements[message.chunk]
+        if (placement.primary, placement.learner) != (sender, self.me):
             return []
         held = self.chunks.get(chunk)
         effects: list[Effect] = []

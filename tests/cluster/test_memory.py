@@ -22,7 +22,7 @@ GROWTH_BYTES_MAX = 12 * MIB  # over 350 steps; a leak of one step's gradients wo
 PAGE_BYTES = 4096
 
 
-def resident_bytes(pid: int) -> int:
+def resident_bytes(pid: int | str = "self") -> int:
     return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * PAGE_BYTES
 
 

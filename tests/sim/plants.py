@@ -206,13 +206,13 @@ def wait_for_no_learner(_: Any) -> Any:
 def refill_backwards(_: Any) -> Any:
     """A learner takes whatever comes, even what is behind what it has."""
 
-    def on_refill(self: ShardCore, message: Refill) -> list[Effect]:
+    def on_refill(self: ShardCore, sender: Incarnation, message: Refill) -> list[Effect]:
         assert self.plan is not None
         chunk = message.chunk
         if self.plan.placements[chunk].learner != self.me:
             return []
         self.chunks[chunk] = self._terms.hold(chunk, message.version, message.clocks, message.closed)
-        keep = KeepState(chunk, message.version, with_sum=message.closed is not None)
+        keep = KeepState(chunk, message.version, message.closed is not None, message.clocks)
         return [keep, *self._learn(message.previous), *self._tell_position(chunk)]
 
     return on_refill
