@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import Self
 
 from benchmarks.pipeline_cluster import Seen, seen
+from shardlane import rpc
 from shardlane.cli.client import CoordinatorClient
 from shardlane.cli.cluster import Command, Commands, service_commands
 from shardlane.cli.run_folder import RunFolder
@@ -28,10 +29,14 @@ class Fleet:
     """All processes of `config` in `run_dir`; the data must be prepared. Nothing is started again by itself."""
 
     def __init__(
-        self, config: Config, run_dir: Path, place: Callable[[str, Command], Command] = lambda name, command: command
+        self,
+        config: Config,
+        run_dir: Path,
+        place: Callable[[str, Command], Command] = lambda name, command: command,
+        network: rpc.Network = rpc.PLAIN,
     ) -> None:
-        """`place` may change the command of a service, by its name."""
-        self._place = place
+        """`place` may change the command of a service, by its name. `network`: how the coordinator is asked from here."""
+        self._place, self._network = place, network
         self.folder = RunFolder(run_dir)
         self._supervisor = Supervisor(self.folder.logs, child_environment(os.environ, config.numerics.threads))
         file = self.folder.write_config(config, run_dir / "config.proposed.toml")
@@ -68,19 +73,19 @@ class Fleet:
 
     def pause(self) -> int:
         """Waits until every worker has made its step and holds; the version then."""
-        with CoordinatorClient(self.address) as client:
+        with CoordinatorClient(self.address, self._network) as client:
             client.control(coordinator_pb2.CONTROL_ACTION_PAUSE)
         roles = coordinator_pb2.ROLE_WORKER
         status = self.wait(lambda now: all(m.activity.startswith("held") for m in now.members if m.member.role == roles))
         return int(status.version)
 
     def resume(self) -> None:
-        with CoordinatorClient(self.address) as client:
+        with CoordinatorClient(self.address, self._network) as client:
             client.control(coordinator_pb2.CONTROL_ACTION_RESUME)
 
     def status(self) -> GetStatusResponse | None:
         try:
-            with CoordinatorClient(self.address) as client:
+            with CoordinatorClient(self.address, self._network) as client:
                 return client.status(timeout_seconds=2.0)
         except UserError:
             return None

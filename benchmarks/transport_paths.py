@@ -2,7 +2,8 @@
 
 All move chunks of 4 MiB in one message each, out of and into the same buffers, which are used again; the gRPC ones
 share channel and server options. What is pushed is put together in the receiver's buffer, and so is what is pulled.
-`python -m benchmarks.transport_paths KIND NUM_BYTES` is the server's process.
+`python -m benchmarks.transport_paths KIND NUM_BYTES [CERTS]` is the server's process; given a folder of certificates, ours speaks
+TLS.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path as FilePath
 from typing import Any, Literal, Protocol, cast
 
 import grpc
@@ -20,6 +22,7 @@ from benchmarks.children import serve
 from shardlane import rpc, wire
 from shardlane.chunks import Assembly, byte_view
 from shardlane.pb import ps_pb2, ps_pb2_grpc, tensor_pb2
+from shardlane.tls import Tls
 
 Kind = Literal["ours", "generated", "raw", "tcp"]
 KINDS: tuple[Kind, ...] = ("ours", "generated", "raw", "tcp")
@@ -201,8 +204,8 @@ def receive(connection: socket.socket, view: memoryview) -> None:
         position += num_bytes
 
 
-def start_server(kind: Kind, buffer: Buffer) -> tuple[int, object]:
-    """(port, what must stay alive)."""
+def start_server(kind: Kind, buffer: Buffer, network: rpc.Network) -> tuple[int, object]:
+    """(port, what must stay alive). Raw TCP knows of no `network`."""
     if kind == "tcp":
         return tcp_server(buffer), None
     handlers: dict[str, grpc.GenericRpcHandler] = {
@@ -210,7 +213,7 @@ def start_server(kind: Kind, buffer: Buffer) -> tuple[int, object]:
         "generated": generated_handler(GeneratedServicer(buffer)),
         "raw": raw_handler(buffer),
     }
-    server = rpc.Server("127.0.0.1:0", {_RAW if kind == "raw" else SERVICE.full_name: handlers[kind]})
+    server = network.serve("127.0.0.1:0", {_RAW if kind == "raw" else SERVICE.full_name: handlers[kind]})
     server.start()
     return server.port, server
 
@@ -225,8 +228,8 @@ class Path(Protocol):
 
 
 class OurPath:
-    def __init__(self, port: int, buffer: Buffer) -> None:
-        self._channel = rpc.connect(f"127.0.0.1:{port}")
+    def __init__(self, port: int, buffer: Buffer, network: rpc.Network = rpc.PLAIN) -> None:
+        self._channel = network.connect(f"127.0.0.1:{port}", to="shard")
         self._client = rpc.Client(self._channel, SERVICE)
         self._buffer = buffer
 
@@ -320,12 +323,13 @@ def _expect(num_chunks: int, buffer: Buffer) -> None:
         raise RuntimeError(f"{num_chunks} chunks arrived, {len(buffer.chunks)} were sent")
 
 
-def main(kind: Kind, num_bytes: int) -> None:
+def main(kind: Kind, num_bytes: int, certs: FilePath | None = None) -> None:
     torch.set_num_threads(1)
-    port, alive = start_server(kind, Buffer(num_bytes))
+    network = rpc.PLAIN if certs is None else rpc.Network(Tls.in_folder(certs, "shard"))
+    port, alive = start_server(kind, Buffer(num_bytes), network)
     serve({"port": port})
     del alive
 
 
 if __name__ == "__main__":
-    main(cast(Kind, sys.argv[1]), int(sys.argv[2]))
+    main(cast(Kind, sys.argv[1]), int(sys.argv[2]), *map(FilePath, sys.argv[3:]))

@@ -57,7 +57,9 @@ class CoordinatorServicer:
     ) -> coordinator_pb2.HeartbeatResponse:
         coordinator = self._coordinator
         with _not_found(context):
-            coordinator.heartbeat(translation.heartbeat_from_wire(request, coordinator.config.train.lanes, coordinator.num_chunks))
+            coordinator.heartbeat(
+                translation.heartbeat_from_wire(request, coordinator.config.train.lanes, coordinator.num_chunks)
+            )
         with coordinator.reading():
             return coordinator_pb2.HeartbeatResponse(
                 lease_seconds=coordinator.config.cluster.lease_seconds,
@@ -101,9 +103,7 @@ class CoordinatorServicer:
     def ReportCheckpoint(
         self, request: coordinator_pb2.ReportCheckpointRequest, context: grpc.ServicerContext
     ) -> coordinator_pb2.ReportCheckpointResponse:
-        report = translation.checkpoint_from_wire(
-            request, self._coordinator.config.train.lanes, self._coordinator.num_chunks
-        )
+        report = translation.checkpoint_from_wire(request, self._coordinator.config.train.lanes, self._coordinator.num_chunks)
         with _not_found(context):
             self._coordinator.report_checkpoint(report, request.SerializeToString())
         return coordinator_pb2.ReportCheckpointResponse()

@@ -15,7 +15,6 @@ from coordinator.translation import summary_to_wire
 from shardlane import wire
 from shardlane.pb import coordinator_pb2
 
-
 UINT32_MAX = (1 << 32) - 1
 
 

@@ -100,9 +100,7 @@ def validation_from_wire(request: coordinator_pb2.ReportValidationRequest) -> Va
     )
 
 
-def checkpoint_from_wire(
-    request: coordinator_pb2.ReportCheckpointRequest, num_lanes: int, num_chunks: int
-) -> CheckpointReport:
+def checkpoint_from_wire(request: coordinator_pb2.ReportCheckpointRequest, num_lanes: int, num_chunks: int) -> CheckpointReport:
     """Raises `MalformedError` for a chunk that the model does not have, and for a file that no shard writes."""
     wire.check_counts("a checkpoint's part", request.version, request.optimizer_step, request.num_bytes, *request.clocks)
     if len(request.clocks) not in (0, num_lanes):

@@ -86,7 +86,8 @@ def merged(envelopes: Iterable[Envelope]) -> list[Envelope]:
         Envelope(*fence, Records(tuple(chain.from_iterable(each.records for each in news)))) for fence, news in records.items()
     ]
     whole += [
-        Envelope(*key[:3], Ack(key[3], tuple(dict.fromkeys(chain.from_iterable(each.chunks for each in told))))) for key, told in acks.items()
+        Envelope(*key[:3], Ack(key[3], tuple(dict.fromkeys(chain.from_iterable(each.chunks for each in told)))))
+        for key, told in acks.items()
     ]
     return others + whole
 

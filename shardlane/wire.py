@@ -174,7 +174,7 @@ def payload_ranges(total: int) -> list[tuple[int, int]]:
 
 
 def check_counts(what: str, *counts: int) -> None:
-    """Raises `MalformedError`, naming `what`, for a number that nothing counted can have reached, and that overflows with one more."""
+    """Raises `MalformedError`, naming `what`, for a number that no count reaches; one more of it might overflow."""
     if beyond := [each for each in counts if each > COUNT_MAX]:
         raise MalformedError(f"{what}: {beyond[0]} is beyond any count; at most {COUNT_MAX}")
 

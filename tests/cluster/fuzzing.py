@@ -22,11 +22,11 @@ from google.protobuf.message import Message
 
 from shardlane import pb
 
-OVERSIZED_BYTES = 17 << 20  # one MiB more than any message may have
 WAIT_SECONDS = 0.3  # for calls that wait by design, or of which the stream stays open
 ANSWER_SECONDS = 30.0  # for all others
 RESPONSES_MAX = 8  # that are read of a stream of answers
 
+_OVERSIZED = bytes(17 << 20)  # one MiB more than any message may have
 _INTEGERS = (0, 1, 2, 3, 5, 127, 128, 65_535, 65_536, *(2**bits + by for bits in (31, 32, 53, 63, 64) for by in (-1, 0)))
 _DOUBLES = (0.0, -0.0, 1.0, -1.0, 5e-324, 1e308, float("inf"), float("-inf"), float("nan"))
 _STRINGS = ("", "x", "%s{}\0\r\n", "../../x", "\N{CRAB}" * 1024, "\N{LATIN SMALL LETTER U WITH DIAERESIS}" * 100, "a" * 100_000)
@@ -89,7 +89,7 @@ class Fuzzer:
 
     def calls(self, method: MethodDescriptor, number: int) -> Iterator[Hostile]:
         """The first is oversized, and so much for that."""
-        yield Hostile(method, [self._random.randbytes(64) * (OVERSIZED_BYTES // 64)])
+        yield Hostile(method, [_OVERSIZED])
         for _ in range(number - 1):
             yield Hostile(method, *(self._stream(method) if method.client_streaming else ([self._message(method)], False)))
 
@@ -102,7 +102,7 @@ class Fuzzer:
         begun = [chance.choice(openings)] if openings and chance.random() < 0.6 else [self._message(method)]
         following = chance.choice(
             [
-                lambda: [],
+                list,
                 lambda: begun * chance.randint(1, 3),
                 lambda: [chance.choice(openings or begun)],
                 lambda: [self._damaged(begun[0])],

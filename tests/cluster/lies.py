@@ -1,7 +1,7 @@
 """What a fuzzer must not say: lies that keep all the rules, from which nothing is defended (SECURITY.md).
 
-Whoever speaks for a member of the run, of the present plan and of a step that may be open, is believed: so says every shard of its
-peers. A fuzzer that knows the run says such a thing sooner or later; that the weights change then is no finding.
+Whoever speaks for a member of the run, of the present plan and of a step that may be open, is believed. A fuzzer that knows a run
+says such a thing sooner or later; that the weights change then is no finding.
 """
 
 from __future__ import annotations

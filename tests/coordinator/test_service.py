@@ -196,6 +196,13 @@ def test_refusals_have_their_status_and_reason(tmp_path: Path) -> None:
             (grpc.StatusCode.INVALID_ARGUMENT, "at most 512", lambda: c.beat("worker 1", *range(513))),
             (grpc.StatusCode.NOT_FOUND, "register again", lambda: c.beat("worker 9")),
             (grpc.StatusCode.NOT_FOUND, "register again", lambda: c.validate(4, 0)),
+            (grpc.StatusCode.NOT_FOUND, "\N{CRAB}", lambda: c.call("Heartbeat", incarnation="\N{CRAB}" * 1024)),
+            (grpc.StatusCode.INVALID_ARGUMENT, "beyond any count", lambda: c.call("Heartbeat", version=2**63)),
+            (grpc.StatusCode.INVALID_ARGUMENT, "copies of 5000 chunks", lambda: c.call("Heartbeat", diverged=range(5000))),
+            (grpc.StatusCode.INVALID_ARGUMENT, "beyond any count", lambda: c.call("ReportValidation", version=2**63)),
+            (grpc.StatusCode.INVALID_ARGUMENT, "beyond any count", lambda: c.call("ReportCheckpoint", version=2**63)),
+            (grpc.StatusCode.INVALID_ARGUMENT, "no part of a checkpoint", lambda: c.call("ReportCheckpoint", file="../x")),
+            (grpc.StatusCode.INVALID_ARGUMENT, "with 3 clocks", lambda: c.call("ReportCheckpoint", clocks=[0] * 3)),
             (grpc.StatusCode.INVALID_ARGUMENT, "claims chunk 10000", lambda: c.report_part("worker 1", 1, range(10000, 10001))),
         ]
         for code, says, ask in cases:

@@ -21,9 +21,13 @@ from ps_service.core.messages import (
     Refill,
 )
 from ps_service.core.shard import ShardCore
+from ps_service.envelopes import from_wire
 from shardlane.config import Config, build
+from shardlane.errors import MalformedError
 from shardlane.ids import Incarnation, Lane, PlanNumber, Step, Timeline, Version
 from shardlane.lanes import lane
+from shardlane.partition import Layout
+from shardlane.pb import ps_pb2
 from shardlane.plan import DONE, Placement
 from shardlane.tally import LaneRun, Tally
 from shardlane.turns import LaneClock, Turn, number_of
@@ -155,6 +159,21 @@ def test_a_learner_takes_over_where_the_lanes_stand() -> None:
     effects = shard.on_message(Envelope(A, PlanNumber(1, 1), 0, message))
     assert of_kind(effects, KeepState) == [KeepState(X, Version(5), False, clocks)]
     assert shard.chunks[X].clocks == clocks
+
+
+def test_a_refill_of_another_than_the_primary_is_passed_over() -> None:
+    shard = core(B)
+    shard.on_plan(plan(Placement((A,), learner=B), Placement((A,))))
+    message = Refill(X, Version(5), None, (), clocks=(LaneClock(5, 0, Version(5)), LaneClock(0, 0, Version(0))))
+    assert shard.on_message(Envelope(Incarnation("shard-else"), PlanNumber(1, 1), 0, message)) == [] and not shard.chunks
+
+
+@pytest.mark.parametrize("clock", [LaneClock(2, 3, Version(1)), LaneClock(9, 0, Version(1)), LaneClock(2, 0, Version(9))])
+def test_clocks_that_cannot_be_are_refused(clock: LaneClock) -> None:
+    clocks = [ps_pb2.LaneClock(**each._asdict()) for each in (clock, LaneClock(1, 0, Version(1)))]
+    request = ps_pb2.DeliverRequest(refill=ps_pb2.Refill(chunk=0, version=5, clocks=clocks))
+    with pytest.raises(MalformedError, match="a refill of version 5 with a lane at"):
+        from_wire(request, Layout.of(config()), config().train)
 
 
 def test_a_timeline_goes_on_from_the_clocks_of_its_checkpoint() -> None:
