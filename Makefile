@@ -96,6 +96,7 @@ evidence: setup
 	.venv/bin/python -m benchmarks.pipeline --json docs/evidence/pipeline.json
 	.venv/bin/python -m benchmarks.replication --json docs/evidence/replication.json
 	.venv/bin/python -m benchmarks.outage --json docs/evidence/outage.json
+	.venv/bin/python -m benchmarks.tls --json docs/evidence/tls.json
 	.venv/bin/python -m benchmarks.straggler --json docs/evidence/straggler.json
 	.venv/bin/python -m benchmarks.compression --json docs/evidence/compression.json
 	.venv/bin/python -m benchmarks.consistency --only loss --json docs/evidence/consistency.json
