@@ -52,7 +52,9 @@ def with_certificates(certs: Path) -> Callable[[str, Command], Command]:
 
 
 def measure_steps(config: Config, folder: Path, certs: Path, report: Report, *, rounds: int, window_seconds: float) -> None:
-    """Seconds a step. A window begins once its cluster has made a step again."""
+    """Seconds a step. A window begins once its cluster has made two steps again: a worker's first has the time in it that it was
+    held.
+    """
     with ExitStack() as stack:
         fleets = {PLAIN: stack.enter_context(Fleet(config, folder / "plain"))}
         held = {PLAIN: fleets[PLAIN].pause()}
@@ -64,7 +66,7 @@ def measure_steps(config: Config, folder: Path, certs: Path, report: Report, *, 
         def leg(name: str) -> float:
             fleet = fleets[name]
             fleet.resume()
-            fleet.wait(lambda status: status.version > held[name])
+            fleet.wait(lambda status: status.version > held[name] + 1)
             seconds = step_seconds(workers[name], window_seconds)
             held[name] = fleet.pause()
             print(f"{name}: {seconds:.4f} s a step", file=sys.stderr)

@@ -12,6 +12,7 @@ from benchmarks.consistency import predicted_rate
 from benchmarks.harness import Report, Spread, Target, alternate
 from benchmarks.pipeline import ideal_bubble
 from benchmarks.pipeline_cluster import Seen, between
+from benchmarks.tls import with_certificates
 
 
 def test_low_and_high_are_quartiles() -> None:
@@ -83,6 +84,15 @@ def test_the_paths_move_the_bytes_and_the_json_has_its_shape(tmp_path: Path) -> 
     assert {"push: ours / generated classes", "pull: ours / generated classes"} == set(figures["targets"])
     assert all(set(ratio) == {"median", "low", "high"} for ratio in figures["ratios"].values())
     assert len(figures["samples"]) == 8 and all(rate > 0 for rates in figures["samples"].values() for rate in rates)
+
+
+def test_a_service_gets_the_certificate_of_its_role() -> None:
+    place = with_certificates(Path("certs"))
+    assert place("shard-1", ["serve"])[1:] == [
+        *("--ssl-ca-certfile", "certs/ca.pem"),
+        *("--ssl-certfile", "certs/shard.pem"),
+        *("--ssl-keyfile", "certs/shard.key"),
+    ]
 
 
 @pytest.mark.parametrize(("staleness", "slowdown", "expected"), [(0, 1.0, 1.0), (3, 1.0, 1.0), (0, 4.0, 0.3), (4, 4.0, 0.625)])
