@@ -78,7 +78,11 @@ def _deliver(message: Message, truth: Truth, size: int) -> bool:
         return any(truth.is_open(each.step) for each in message.records.records)
     if message.sender not in truth.members or (message.plan.term, message.plan.epoch) != (truth.plan.term, truth.plan.epoch):
         return False
-    told = {"ack": lambda: [message.ack], "replicate": lambda: [message.replicate.record, *message.replicate.previous]}
+    replicated = message.replicate
+    told = {
+        "ack": lambda: [message.ack],
+        "replicate": lambda: [*replicated.previous, *([replicated.record] if size >= PAYLOAD_BYTES else [])],
+    }
     said: Sequence[Message] = told.get(message.WhichOneof("body") or "", list)()
     return any(truth.is_open(each.step) for each in said)  # type: ignore[attr-defined]
 

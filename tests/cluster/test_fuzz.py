@@ -149,10 +149,14 @@ class Hunt:
         record = ps_pb2.Record(step=2**62, chunk=others[-1].id, tokens=512, tally=tally)
         if self.truth.goes_by_turns:
             record.turn.CopyFrom(ps_pb2.Turn(number=5, staleness=1, clock_sum=7))
+        soon = [ps_pb2.Record() for _ in range(8)]  # by the time that one is sent, its step may be the open one
+        for after, each in enumerate(soon):
+            each.MergeFrom(record)
+            each.step = step + after
         total = tensor_pb2.Slice(dtype=tensor_pb2.D_TYPE_FLOAT32, total=others[-1].num_bytes)
         bodies = [
             {"replicate": ps_pb2.Replicate(record=record), "slice": total, "payload": bytes(16)},
-            {"replicate": ps_pb2.Replicate(record=record)},
+            *({"replicate": ps_pb2.Replicate(record=each)} for each in [record, *soon]),
             {"refill": ps_pb2.Refill(chunk=0, version=3, closed=record)},
             {"refill": ps_pb2.Refill(chunk=0, version=3, clocks=[ps_pb2.LaneClock(taken=2**64 - 1)] * 4)},
             {"ack": ps_pb2.Ack(step=2**63, chunks=[0, 1])},
