@@ -82,13 +82,16 @@ class Cluster:
         return {each["incarnation"] for each in members if container.id.startswith(each["address"].partition(":")[0])}
 
     def is_whole(self, num_workers: int = NUM_WORKERS) -> bool:
-        """Everybody is there under one plan, and every chunk has its copies: shards with all of theirs share the primaries."""
+        """Everybody is there and has taken up the plan, or the coordinator's death would keep it from them; and every chunk has
+        its copies: shards with all of theirs share the primaries."""
         status = self.status()
         if status.get("state") != "RUN_STATE_TRAINING" or status["underReplicatedChunks"]:
             return False
         primaries = status["chunksByShard"]
         num_seated = sum(len(each["workers"]) for each in status["plan"]["replicas"])
-        return num_seated == num_workers and len(primaries) == NUM_SHARDS and all(primaries)
+        plans = [each.get("plan") for each in status["members"]]
+        knows = plans.count(status["plan"]["number"]) == len(plans)
+        return knows and num_seated == num_workers and len(primaries) == NUM_SHARDS and all(primaries)
 
     def wait(self, what: str, is_true: Callable[[], bool]) -> None:
         end = time.monotonic() + WAIT_SECONDS
