@@ -70,6 +70,17 @@ def after(clocks: Clocks, turn: Turn, version: Version, *, refused: bool) -> Clo
     return (*clocks[:lane], LaneClock(now.taken + 1, now.refused + refused, version), *clocks[lane + 1 :])
 
 
+def batch_of(number: int, refused: int, num_lanes: int) -> int:
+    """Which of the lane's batches turn `number` is computed of, after `refused` of its turns that taught nothing."""
+    return place_of(number, num_lanes)[1] - refused
+
+
+def version_told(number: int, num_lanes: int) -> Version:
+    """Under which a validation is told: that of the parameters; of turn n of each lane, where all are at n if equally fast."""
+    place, turn = place_of(number, num_lanes)
+    return Version(turn if place == num_lanes else turn * num_lanes)
+
+
 def is_before(number: int, other: int, num_places: int) -> bool:
     """Whether it is an earlier turn of the same place. Steps and versions have one place only."""
     return number < other and (other - number) % num_places == 0

@@ -22,7 +22,7 @@ from shardlane.lanes import Block, lane
 from shardlane.partition import Layout, SiteChunk
 from shardlane.plan import Plan
 from shardlane.top_k import Residuals
-from shardlane.turns import place_of
+from shardlane.turns import batch_of, place_of, version_told
 from worker_service import inbox as inboxes
 from worker_service.attempt import Attempt
 from worker_service.core.events import Await, Key, Pull, Refusal
@@ -279,7 +279,7 @@ class Seat:
         config, device = self._around.config, self._around.staging.device
         windows = None
         if self._tokens is not None:
-            batch = place_of(version, config.train.lanes)[1] - self._refused if config.train.goes_by_turns else version
+            batch = batch_of(version, self._refused, config.train.lanes) if config.train.goes_by_turns else version
             windows = training_windows(self._tokens.train, config, step=batch, micro_batch=micro_batch)
         targets = targets_of(windows, device) if windows is not None and self.compute.layers.is_last else None
         if self.compute.layers.is_first:
@@ -330,17 +330,11 @@ class Seat:
             if self._below is not None:
                 self._below.send(VALIDATION, version, index, around.staging.to_host(out))
             else:
-                around.report_validation(self._version_of(version), index, out.item(), num_tokens)
+                train = around.config.train
+                told = version_told(version, train.lanes) if train.goes_by_turns else version
+                around.report_validation(told, index, out.item(), num_tokens)
             if item is not None:
                 around.inbox.give(item)
-
-    def _version_of(self, number: Version) -> Version:
-        """Under ASP a validation by turn n of each lane is told of the version where all are at n, if they are equally fast."""
-        train = self._around.config.train
-        if not train.goes_by_turns:
-            return number
-        place, turn = place_of(number, train.lanes)
-        return Version(turn if place == train.lanes else turn * train.lanes)
 
     # ---- gradients -----------------------------------------------------------------------------------------------------
 

@@ -49,7 +49,7 @@ class Ending:
     def rewind(self, version: Version, *, is_suspending: bool) -> None:
         """14. The steps from `version` on are lost, and with them a stop: it is asked for again, unless others go on."""
         if is_suspending:
-            self.version = None
+            self.version, self.is_done = None, False
             self.requests &= ~REQUEST_STOP
         if self.version is not None and self.version > version:
             self.requests |= 0 if self.is_done else REQUEST_STOP

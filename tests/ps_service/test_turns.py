@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from ps_service.core.commit import decide
 from ps_service.core.holdings import Terms
@@ -22,6 +23,7 @@ from ps_service.core.messages import (
 )
 from ps_service.core.shard import ShardCore
 from ps_service.envelopes import from_wire
+from ps_service.store import TensorStore
 from shardlane.config import Config, build
 from shardlane.errors import MalformedError
 from shardlane.ids import Incarnation, Lane, PlanNumber, Step, Timeline, Version
@@ -182,3 +184,21 @@ def test_a_timeline_goes_on_from_the_clocks_of_its_checkpoint() -> None:
     back = Timeline(1, Version(7), "d" * 64, clocks=(4, 3))
     shard.on_plan(type(first)(first.number, first.run_id, back, first.members, (), (), first.placements))
     assert shard.chunks[X].clocks == (LaneClock(4, 0, Version(7)), LaneClock(3, 0, Version(7)))
+
+
+def test_pulls_find_what_a_lanes_turn_is_computed_from_and_how_many_were_refused() -> None:
+    here = config(staleness_max=2)
+    layout = Layout.of(here)
+    chunk = min(layout.chunks, key=lambda each: each.num_elements)
+    store = TensorStore(here, layout)
+    start = torch.zeros(chunk.num_elements)
+    store.put(chunk.id, Version(3), {"parameter": start}, 0, (LaneClock(2, 1, Version(3)), LaneClock(1, 0, Version(3))))
+    store.keep_sum(chunk.id, torch.ones(chunk.num_elements))
+    clocks = (LaneClock(2, 1, Version(3)), LaneClock(2, 0, Version(4)))
+    store.apply(Apply(chunk.id, Step(3), 1.0, 0.5, Lane(1), clocks))
+    with store.parameter_of(chunk.id, number(0, 2)) as old, store.parameter_of(chunk.id, number(1, 2)) as new:
+        assert old is not None and old.parameter is not None and old.refused == 1 and not old.parameter.any()
+        assert new is not None and new.parameter is not None and new.refused == 0 and new.parameter.all()
+    with store.parameter_of(chunk.id, number(1, 1)) as past, store.parameter_of(chunk.id, number_of(2, 4, 2)) as present:
+        assert past is not None and past.parameter is None and past.version == number(1, 2)
+        assert present is not None and present.parameter is not None and present.parameter.all()

@@ -55,6 +55,12 @@ def test_clocks_move_with_the_log_and_stand_still_when_a_turn_is_refused() -> No
     assert [turns.has_come(clocks, 2, number) for number in (3, 4, 6, 8, 11)] == [True, True, False, True, False]
 
 
+def test_a_turn_is_of_the_batch_that_its_refused_ones_did_not_learn() -> None:
+    assert [turns.batch_of(turns.number_of(1, 5, 4), refused, 4) for refused in (0, 2)] == [5, 3]
+    assert turns.version_told(turns.number_of(1, 5, 4), 4) == 20, "where all lanes are at turn 5, if they are equally fast"
+    assert turns.version_told(turns.number_of(4, 22, 4), 4) == 22
+
+
 def test_a_bound_that_all_lanes_would_exceed_is_no_setting() -> None:
     with pytest.raises(ConfigError, match="below lanes 4"):
         toy_config(**{**ASP, "train.lanes": 4, "train.staleness_max": 3})

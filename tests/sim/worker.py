@@ -10,7 +10,7 @@ from coordinator.core.events import Heartbeat, ValidationReport
 from shardlane.ids import Incarnation, Lane, MicroBatch, PlanNumber, Version
 from shardlane.lanes import Block, lane
 from shardlane.plan import Plan
-from shardlane.turns import place_of
+from shardlane.turns import version_told
 from tests.sim.links import ACTIVATION, GRADIENT, STANDING, VALIDATION, Inbox, Item, Link
 from tests.sim.member import MemberProcess
 from tests.sim.oracle import BrokenInvariant
@@ -182,15 +182,9 @@ class Seat:
             if self.below is not None:
                 self.below.send(Item(VALIDATION, version, index))
             else:
-                self.worker.report(ValidationReport(self.worker.me, self._version_of(version), index, 1.0, 1))
-
-    def _version_of(self, number: Version) -> Version:
-        """As `worker_service/seat.py`."""
-        train = self.worker.world.config.train
-        if not train.goes_by_turns:
-            return number
-        place, turn = place_of(number, train.lanes)
-        return Version(turn if place == train.lanes else turn * train.lanes)
+                train = self.worker.world.config.train
+                told = version_told(version, train.lanes) if train.goes_by_turns else version
+                self.worker.report(ValidationReport(self.worker.me, told, index, 1.0, 1))
 
 
 class WorkerProcess(MemberProcess):

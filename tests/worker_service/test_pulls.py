@@ -218,3 +218,22 @@ def test_what_was_not_asked_for_is_refused_and_asked_for_again(
     pulling.take(0)
     assert pulling.holds(0)
     assert fault in pulling.faults[0]
+
+
+def test_under_asp_turns_of_several_lanes_are_asked_for_at_a_time_and_tell_how_many_were_refused(pulling: Pulling) -> None:
+    """Three places: two lanes and the parameters themselves."""
+    pulling.puller._num_places = 3
+
+    def with_refused(request: ps_pb2.PullRequest) -> Iterator[Any]:
+        for chunk in request.chunks:
+            for piece in pulling.shards[0].data(chunk, request.version):
+                piece.header.refused = 2
+                yield piece
+
+    for shard in pulling.shards:
+        shard.publish(9)
+        shard.pull_answers.extend([with_refused, with_refused])
+    assert pulling.puller.wait_any([Version(3), Version(4)], Attempt()) in (3, 4)
+    assert pulling.puller.take(Version(3), Attempt()) == 2 and pulling.holds(3)
+    assert not pulling.puller.is_past(Version(3)), "what comes of the other lane says nothing of this one"
+    assert pulling.puller.take(Version(4), Attempt()) == 2 and pulling.holds(4)
