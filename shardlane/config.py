@@ -210,7 +210,7 @@ class Config(Section):
         if not self.train.goes_by_turns:
             del keep["train"]["consistency"], keep["train"]["staleness_max"], keep["train"]["staleness_aware"]
         if not self.train.staleness:
-            del keep["train"]["staleness"], keep["train"]["look_ahead"]
+            del keep["train"]["staleness"], keep["train"]["staleness_warmup_steps"], keep["train"]["look_ahead"]
         keep["numerics"] = self.numerics.model_dump(exclude={"determinism"})
         if self.train.local_steps > 1:
             keep["inner"] = self.inner.model_dump()

@@ -287,14 +287,14 @@ class Reference:
 
     def _fill_for(self, step: int) -> None:
         """What `step` is computed from."""
-        version = Version(self.config.train.reads(step))
-        if not (self.config.train.looks_ahead and version):
+        version, ahead = Version(self.config.train.reads(step)), self.config.train.steps_ahead(step)
+        if not ahead:
             self._fill_leaves(version)
             return
         self._fill_leaves(Version(version - 1))
         before = {name: leaf.detach().clone() for name, leaf in self._leaves.items()}
         self._fill_leaves(version)
-        look_ahead({name: leaf.detach() for name, leaf in self._leaves.items()}, before, step - version)
+        look_ahead({name: leaf.detach() for name, leaf in self._leaves.items()}, before, ahead)
         self._filled = Version(-1)
 
     def _fill_leaves(self, version: Version, copies: Sequence[Tensor] = ()) -> None:

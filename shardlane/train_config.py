@@ -25,6 +25,9 @@ class TrainConfig(Section):
     staleness: int = Field(
         0, ge=0, le=16, description="ssp: step t is computed from version t - staleness; 1 is the one-step delay of PipeDream-2BW"
     )
+    staleness_warmup_steps: int = Field(
+        0, ge=0, description="ssp: the first steps, computed as under bsp; old gradients cost the most loss while a model is young"
+    )
     look_ahead: bool = Field(False, description="ssp: compute from where the version read is headed, by its last update")
     staleness_max: int = Field(
         0,
@@ -40,6 +43,10 @@ class TrainConfig(Section):
     def _check_consistency(self) -> Self:
         if self.consistency != "ssp" and self.staleness:
             raise ValueError(f"staleness is {self.staleness} under {self.consistency}; set consistency to ssp, or staleness to 0")
+        if self.staleness_warmup_steps and not self.staleness:
+            raise ValueError(
+                f"staleness_warmup_steps is {self.staleness_warmup_steps} with staleness 0; set staleness, or the warm-up to 0"
+            )
         if self.goes_by_turns and self.local_steps > 1:
             raise ValueError(f"local_steps is {self.local_steps} under asp; set consistency to bsp or ssp, or local_steps to 1")
         if self.goes_by_turns and 0 < self.staleness_max < self.lanes:
@@ -89,11 +96,16 @@ class TrainConfig(Section):
 
     def reads(self, step: int) -> int:
         """The version from which `step` is computed, by every lane and in every stage."""
-        return max(step - self.staleness, 0)
+        return max(step - self.staleness, min(step, self.staleness_warmup_steps))
 
     @property
     def looks_ahead(self) -> bool:
         return self.look_ahead and self.staleness > 0
+
+    def steps_ahead(self, step: int) -> int:
+        """How many updates the version that `step` reads is moved on by; before the first there is none to go by."""
+        version = self.reads(step)
+        return step - version if self.looks_ahead and version else 0
 
     @property
     def num_past(self) -> int:

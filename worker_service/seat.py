@@ -246,8 +246,8 @@ class Seat:
             if config.goes_by_lanes:
                 blocks = [lane(each) for block in blocks for each in block.lanes]
             try:
-                if config.train.looks_ahead and (version := config.train.reads(step)):
-                    self.compute.look_ahead(step - version)
+                if ahead := config.train.steps_ahead(step):
+                    self.compute.look_ahead(ahead)
                 for micro_batches in self.compute.begin(blocks):
                     self._flush(step, micro_batches)
                     self.compute.end_flush(step)

@@ -97,14 +97,15 @@ def test_every_codec_is_as_exact_as_the_reference(truth: Truth, tmp_path: Path, 
 
 
 @pytest.mark.parametrize(
-    ("staleness", "look_ahead", "codec"),
-    [(1, False, "fp32"), (1, True, "fp32"), (2, True, "int8_stochastic"), (7, False, "fp32")],
+    ("staleness", "warmup", "look_ahead", "codec"),
+    [(1, 0, False, "fp32"), (1, 2, True, "fp32"), (2, 1, True, "int8_stochastic"), (7, 0, False, "fp32")],
 )
 def test_steps_from_older_versions_are_as_exact_as_the_reference(
-    truth: Truth, tmp_path: Path, staleness: int, look_ahead: bool, codec: str
+    truth: Truth, tmp_path: Path, staleness: int, warmup: int, look_ahead: bool, codec: str
 ) -> None:
     steps = ["--train.max_steps", "6", "--validation.every_steps", "1"]
     overrides = [*steps, "--train.consistency", "ssp", "--train.staleness", str(staleness), "--communication.push", codec]
+    overrides += ["--train.staleness_warmup_steps", str(warmup)]
     overrides += ["--train.look_ahead", str(look_ahead).lower(), "--communication.pull", "bf16" if staleness == 2 else "fp32"]
     digest, rows = train_reference(truth.config(*overrides), truth.tokens)
     for name, shape in (("deep", (2, 2, 2)), ("wide", (1, 4, 3)), ("long", (4, 1, 1))):

@@ -25,6 +25,7 @@ class Shape:
     num_lanes: int = 4
     num_steps: int = 4
     staleness: int = 0
+    staleness_warmup_steps: int = 0
     look_ahead: bool = False
     asynchronous: bool = False
     staleness_max: int = 0
@@ -81,6 +82,15 @@ SHAPES: dict[str, Shape] = {
         num_validations=2,
         num_stages=2,
         num_replicas=2,
+    ),
+    "SSP after a warm-up": Shape(
+        staleness=2,
+        staleness_warmup_steps=3,
+        look_ahead=True,
+        num_steps=7,
+        num_stages=2,
+        faults={**DEATHS, **COMINGS, "pause run": 1, "kill coordinator": 1},
+        num_faults_max=3,
     ),
     "ASP, deaths": Shape(asynchronous=True, faults=DEATHS),
     "ASP, sums that differ in bits, a bad network": Shape(
@@ -145,6 +155,7 @@ def config_of(shape: Shape) -> Config:
                 "consistency": "asp" if shape.asynchronous else "ssp",
                 "staleness_max": shape.staleness_max,
                 "staleness": shape.staleness,
+                "staleness_warmup_steps": shape.staleness_warmup_steps,
                 "look_ahead": shape.look_ahead,
             },
             "pipeline": {"schedule": shape.schedule},

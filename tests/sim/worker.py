@@ -344,7 +344,7 @@ class WorkerProcess(MemberProcess):
         if isinstance(stepper, TurnStepper):
             return
         is_excused = stepper._awaited is not None or pull.step >= train.last_step or stepper.phase is Phase.HELD
-        if pull.version > max(pull.step - train.staleness, 0) and not is_excused:
+        if pull.version > train.reads(pull.step) and not is_excused:
             raise BrokenInvariant(f"4: step {pull.step} waits for version {pull.version}, which it does not read")
 
     def _sit(self, work: events.Begin | events.Rest | events.Leave) -> Iterator[Pause]:

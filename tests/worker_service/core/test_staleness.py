@@ -79,6 +79,12 @@ def test_the_first_steps_read_version_0_and_each_later_one_the_version_before_th
     assert loaded == 6, "every version up to the last is pulled, in case it is to be validated"
 
 
+def test_a_warm_up_is_bsp_and_what_follows_falls_behind_step_by_step() -> None:
+    train = Story(2, **{"train.staleness_warmup_steps": 3, "train.look_ahead": True}).stepper._config.train
+    assert [train.reads(step) for step in range(8)] == [0, 1, 2, 3, 3, 3, 4, 5]
+    assert [train.steps_ahead(step) for step in range(8)] == [0, 0, 0, 0, 1, 2, 2, 2]
+
+
 def test_the_next_version_is_asked_for_while_the_step_runs_that_does_not_need_it() -> None:
     story = Story(1)
     attempt = story.stepper.attempt
