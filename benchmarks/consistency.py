@@ -34,9 +34,9 @@ LATE: dict[str, dict[str, object]] = {
     DELAY: {"train.consistency": "ssp", "train.staleness": 1},
     SSP: {"train.consistency": "ssp", "train.staleness": 2},
 }
-AHEAD = {f"{name}, looking ahead": {**changes, "train.look_ahead": True} for name, changes in LATE.items()}
 FREE: dict[str, object] = {"train.consistency": "asp"}
-MODES: dict[str, dict[str, object]] = {BSP: {}, **LATE, **AHEAD, ASP: FREE}
+WARMUP = 0.4  # of the steps that the loss is measured after
+WARMED = ", looking ahead after a warm-up"  # the mode whose loss has to be BSP's
 TOKENS = "shardlane_worker_tokens_total"
 SMALL: dict[str, object] = {"train.seq_len": 64}  # several steps within LAGGING_SECONDS
 WORSE = 0.01  # or two deviations between seeds
@@ -103,7 +103,7 @@ def measure_speed(report: Report, config: Config, folder: Path, *, rounds: int, 
         report.samples.setdefault(f"{BSP}, slowness by turns", []).append(braked)
         report.samples.setdefault(f"{BSP}, undisturbed", []).append(free)
         for name in LATE:
-            changed = config.with_changes(MODES[name])
+            changed = config.with_changes(LATE[name])
             run_dir = folder / f"speed-{index}-{changed.train.staleness}"
             _, rate = rates(changed, run_dir, window_seconds=window_seconds, turn_seconds=TURN_STEPS / free)
             report.samples.setdefault(f"{name}, slowness by turns", []).append(rate)
@@ -112,7 +112,7 @@ def measure_speed(report: Report, config: Config, folder: Path, *, rounds: int, 
             fits.setdefault(name, []).append(rate / braked / predicted)
             print(f"{name}: {rate / braked:.2f} times BSP's speed; predicted {predicted:.2f}", file=sys.stderr)
     for name, found in gains.items():
-        predicted = gain_predicted(int(str(MODES[name]["train.staleness"])))
+        predicted = gain_predicted(int(str(LATE[name]["train.staleness"])))
         report.ratios[f"speed: {name} / {BSP} (predicted {predicted:.2f})"] = Spread.of(found)
         fit = f"speed: measured / predicted gain of {name}"
         report.ratios[fit] = Spread.of(fits[name])
@@ -155,14 +155,23 @@ def gain_predicted(staleness: int) -> float:
     return fast / slow
 
 
+def modes_of(num_steps: int) -> dict[str, dict[str, object]]:
+    ahead: dict[str, object] = {"train.look_ahead": True}
+    warmed = {**ahead, "train.staleness_warmup_steps": int(WARMUP * num_steps)}
+    later = {
+        f"{name}{how}": {**LATE[name], **more} for how, more in ((", looking ahead", ahead), (WARMED, warmed)) for name in LATE
+    }
+    return {BSP: {}, **LATE, **later, ASP: FREE}
+
+
 def judge_losses(report: Report, found: dict[str, list[float]]) -> None:
     mean = statistics.mean(found[BSP])
     deviation = statistics.stdev(found[BSP]) if len(found[BSP]) > 1 else 0.0
-    for name in MODES:
+    for name in found:
         report.samples[f"{name}, loss"] = found[name]
         worse = f"loss: {name} / {BSP}"
         report.ratios[worse] = Spread.of([statistics.mean(found[name]) / mean])
-        if name in LATE or name in AHEAD:
+        if name.endswith(WARMED):
             report.targets[worse] = Target(median_max=1 + max(WORSE, 2 * deviation / mean))
     report.notes.append(f"standard deviation of BSP's loss over seeds: {deviation:.4f} of {mean:.4f}")
 
@@ -187,8 +196,10 @@ def main(argv: list[str]) -> int:
             measure_slow_for_good(report, config, folder, rounds=options.rounds, window_seconds=options.window_seconds)
         if options.only != "speed":
             seeds = [config.train.seed + index for index in range(options.rounds)]
-            judge_losses(report, losses(report, config, MODES, seeds, options.processes))
-            report.notes.append(f"peak learning rate {options.learning_rate:g}")
+            judge_losses(report, losses(report, config, modes_of(options.steps), seeds, options.processes))
+            report.notes.append(
+                f"peak learning rate {options.learning_rate:g}; a warm-up is {int(WARMUP * options.steps)} steps of BSP"
+            )
     return harness.finish(report, options)
 
 

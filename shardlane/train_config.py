@@ -26,7 +26,9 @@ class TrainConfig(Section):
         0, ge=0, le=16, description="ssp: step t is computed from version t - staleness; 1 is the one-step delay of PipeDream-2BW"
     )
     staleness_warmup_steps: int = Field(
-        0, ge=0, description="ssp: the first steps, computed as under bsp; old gradients cost the most loss while a model is young"
+        0,
+        ge=0,
+        description="ssp: the first steps, computed as under bsp; old gradients cost the most loss while a model is young",
     )
     look_ahead: bool = Field(False, description="ssp: compute from where the version read is headed, by its last update")
     staleness_max: int = Field(
