@@ -27,7 +27,7 @@ help:
 	@echo '                 where pip looks; to choose a CPU or a CUDA build, name its index (only torch is taken from it):'
 	@echo '                   make setup TORCH_INDEX=https://download.pytorch.org/whl/cpu'
 	@echo '                   make setup TORCH_INDEX=https://download.pytorch.org/whl/cu130'
-	@echo '  make check     what a change must pass: format, lint, types, protos, YAML, then the tests'
+	@echo '  make check     what a change must pass: format, lint, types, protos, YAML, then the tests, with those that take long'
 	@echo '  make proto     generates shardlane/pb anew from protos/ (in .venv-proto, with pinned tools)'
 	@echo '  make dashboards  makes deploy/grafana/dashboards/*.json anew from the code beside them'
 	@echo '  make bench     ratios against peers measured in the same run: transport, pipeline, replication, straggler'
@@ -57,7 +57,7 @@ demo: setup
 
 # A file's tests stay in one worker process (--dist loadfile), so they share what its fixtures set up.
 test: setup
-	$(PYTEST) -n 2 --dist loadfile
+	$(PYTEST) -n 2 --dist loadfile -m 'not long and not slow and not gpu'
 
 # The closing line of `make test` is the last line of `make check`.
 check: setup $(PROTO_STAMP)
@@ -66,6 +66,7 @@ check: setup $(PROTO_STAMP)
 	.venv/bin/mypy
 	.venv/bin/yamllint --strict .
 	$(PYTEST) --quiet tests/test_protos.py
+	$(PYTEST) --quiet -n 2 --dist loadfile -m 'long and not slow and not gpu'
 	@$(MAKE) test
 
 # tests/test_protos.py calls this with another PROTO_OUT and compares.

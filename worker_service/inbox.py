@@ -205,9 +205,11 @@ class Inbox:
 
     def _note(self, seat: Seat, header: worker_pb2.TransferRequest) -> None:
         is_over = -1
-        if header.kind == VALIDATION:
+        if header.sender != seat.above:
+            pass
+        elif header.kind in (VALIDATION, STANDING):
             is_over = header.step - 1
-        elif header.sender == seat.above:
+        else:
             is_over = self._reads(header.step)
         if is_over > self._validated and self._num_places == 1:
             with self._changed:

@@ -205,7 +205,7 @@ class Seat:
             if link is not None:
                 link.begin(pull.published)
                 if is_ahead:  # a neighbour may be at work on a step that is closed, and wait for what will never be sent
-                    link.send(STANDING, pull.published, 0)
+                    link.send(STANDING, pull.version, 0)
 
     def _take_version(self, version: Version, attempt: Attempt) -> int:
         try:

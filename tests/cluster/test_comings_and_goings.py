@@ -90,7 +90,7 @@ def run(tmp_path: Path) -> Iterator[Run]:
 
 
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("rounds", [1, pytest.param(5, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("rounds", [pytest.param(1, marks=pytest.mark.long), pytest.param(5, marks=pytest.mark.slow)])
 def test_joins_and_leaves_cost_no_step_and_no_bit(run: Run, tmp_path: Path, rounds: int) -> None:
     run.wait("whole", run.is_whole)
     shares = []

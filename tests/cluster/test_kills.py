@@ -38,7 +38,10 @@ def assert_nothing_was_lost(folder: Path, figures: dict[str, Any], *, groups: li
 @pytest.mark.timeout(RUN_SECONDS_MAX)
 @pytest.mark.parametrize(
     ("replicas", "each", "seed"),
-    [(1, 3, 1), *(pytest.param(2, 10, seed, marks=pytest.mark.slow) for seed in (2, 3, 4))],  # the fewest processes start soonest
+    [
+        pytest.param(1, 3, 1, marks=pytest.mark.long),
+        *(pytest.param(2, 10, seed, marks=pytest.mark.slow) for seed in (2, 3, 4)),
+    ],  # the fewest processes start soonest
     ids=str,
 )
 def test_killed_processes_cost_no_step_and_no_bit(tmp_path: Path, replicas: int, each: int, seed: int) -> None:
@@ -46,6 +49,7 @@ def test_killed_processes_cost_no_step_and_no_bit(tmp_path: Path, replicas: int,
     assert_nothing_was_lost(tmp_path, figures, groups=[f"{place}, kill" for place in PLACES], each=each)
 
 
+@pytest.mark.long
 @pytest.mark.timeout(RUN_SECONDS_MAX)
 def test_local_steps_and_what_is_rounded_by_chance_come_out_alike_again(tmp_path: Path) -> None:
     changed = ["--communication.push", "int8_stochastic", "--communication.pull", "bf16", "--train.local_steps", "2"]

@@ -26,6 +26,7 @@ def resident_bytes(pid: int | str = "self") -> int:
     return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * PAGE_BYTES
 
 
+@pytest.mark.long
 @pytest.mark.timeout(240)
 def test_nothing_grows_over_500_steps(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "shardlane.cli", "local", str(TINY), "--run-dir", str(tmp_path), "--stages", "2"]

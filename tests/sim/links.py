@@ -97,10 +97,9 @@ class Inbox:
             raise RefusedError("stale")
         if self._num_places > 1:
             pass
-        elif item.kind == VALIDATION:
-            self._validated = max(self._validated, item.version - 1)
         elif is_above:
-            self._validated = max(self._validated, worker.world.config.train.reads(item.version))
+            is_over = item.version - 1 if item.kind in (VALIDATION, STANDING) else worker.world.config.train.reads(item.version)
+            self._validated = max(self._validated, is_over)
         worker.pump()
         if published > self._published:
             self._published = published

@@ -1,14 +1,16 @@
-"""The schedules that the tests walk: 13,500 of them, in two files of equal work, for two cores."""
+"""The schedules that the tests walk, in two files of equal work, for two cores: 13,500 of them, and 4,500 in `make test`."""
 
 from __future__ import annotations
 
 from collections import Counter
 
+import pytest
+
 from tests.sim.walk import walk
 
 NUM_SEEDS = 540
 BLOCK = 180  # seeds a test
-BLOCKS = range(NUM_SEEDS // BLOCK)
+BLOCKS = [0, *(pytest.param(block, marks=pytest.mark.long) for block in range(1, NUM_SEEDS // BLOCK))]
 
 HAPPENS: dict[str, str] = {
     # What must have happened in each of a shape's blocks, or the walk proves nothing.

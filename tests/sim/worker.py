@@ -96,7 +96,7 @@ class Seat:
             if link is not None:
                 link.begin(pull.published)
                 if world.config.train.staleness and pull.published >= pull.step:
-                    link.send(Item(STANDING, pull.published, 0))
+                    link.send(Item(STANDING, version, 0))
         return None
 
     def wait_turn(self, wait: events.Await) -> Iterator[Pause]:
@@ -344,7 +344,8 @@ class WorkerProcess(MemberProcess):
         if isinstance(stepper, TurnStepper):
             return
         is_excused = stepper._awaited is not None or pull.step >= train.last_step or stepper.phase is Phase.HELD
-        if pull.version > train.reads(pull.step) and not is_excused:
+        is_read = max(pull.step - train.staleness, min(pull.step, train.staleness_warmup_steps))
+        if pull.version > is_read and not is_excused:
             raise BrokenInvariant(f"4: step {pull.step} waits for version {pull.version}, which it does not read")
 
     def _sit(self, work: events.Begin | events.Rest | events.Leave) -> Iterator[Pause]:

@@ -190,6 +190,22 @@ def test_a_validation_that_the_stage_before_has_gone_past_is_not_waited_for(
         receiver.take(VALIDATION, 3, 1)
 
 
+def test_the_validations_of_what_the_stage_before_loads_next_are_still_to_come(
+    receiver: Receiver, link_to: Callable[..., Link]
+) -> None:
+    link = link_to(receiver, published=4)
+    begin(receiver, 3)
+    link.send(STANDING, Version(3), 0)
+    wait_for(lambda: receiver.ahead == [4])
+    with ThreadPoolExecutor(1) as pool:
+        taken = pool.submit(receiver.take, VALIDATION, 3, 0)
+        send(link, VALIDATION, 3, 0, seed=1)
+        assert torch.equal(taken.result(30), values(1))
+        link.send(STANDING, Version(4), 0)
+        with pytest.raises(StepClosed):
+            receiver.take(VALIDATION, 3, 1)
+
+
 def test_a_lane_that_runs_again_is_taken_again(receiver: Receiver, link_to: Callable[..., Link]) -> None:
     link = link_to(receiver)
     send(link, ACTIVATION, 0, 2, seed=1)

@@ -315,7 +315,7 @@ class Stepper:
         return [*early, Run(self.attempt, self.step, blocks)]
 
     def _on_ran(self, published: Version) -> list[Effect]:
-        if self._config.train.staleness and published > self.step:
+        if self._config.train.staleness and published > self.step + 1:
             return self._on_superseded(published)  # what the next step reads may still be here, and that step be closed, too
         return self._next_run()
 
