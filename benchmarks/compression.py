@@ -138,10 +138,11 @@ def main(argv: list[str]) -> int:
     parser = arguments("compression", __doc__, rounds=3)
     parser.add_argument("--steps", type=int, default=400, help="steps that the loss is measured after (default: %(default)s)")
     parser.add_argument("--processes", type=int, default=2, help="references that train at a time (default: %(default)s)")
+    parser.add_argument("--learning-rate", type=float, default=1e-3, help="the peak, also of local steps (default: %(default)s)")
     options = parser.parse_args(argv)
-    config = load(CONFIG).with_changes(
-        {**CHANGES, "train.max_steps": options.steps, "schedule.warmup_steps": options.steps // 20}
-    )
+    rates = {"optimizer.learning_rate": options.learning_rate, "inner.learning_rate": options.learning_rate}
+    schedule = {"train.max_steps": options.steps, "schedule.warmup_steps": options.steps // 20}
+    config = load(CONFIG).with_changes({**CHANGES, **schedule, **rates})
     report = Report("compression", "validation loss, nats a token")
     with tempfile.TemporaryDirectory(prefix="shardlane-compression-") as temporary:
         folder = Path(temporary)

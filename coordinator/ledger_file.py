@@ -42,7 +42,7 @@ class LedgerFile:
         """Takes the entry of a step for the next `flush`, unless it is there: a restart is told again what was on its way."""
         if summary.step < self.version:
             return
-        entry = Entry(summary.step, self.timeline, summary.tokens, summary.tally, summary.skipped)
+        entry = Entry(summary.step, self.timeline, summary.tokens, summary.tally, summary.skipped, summary.refused)
         self._pending.append(to_line(entry))
         self.version = Version(summary.step + 1)
 

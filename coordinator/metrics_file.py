@@ -97,6 +97,7 @@ def values_of(row: TrainingRow | ValidationRow) -> Row:
                 "tokens": summary.tokens,
                 "tokens_per_second": round(tokens_per_second, 3),
                 **({"skipped": True} if summary.skipped else {}),
+                **({"refused": True} if summary.refused else {}),
             }
         case ValidationRow(version, loss):
             return {"step": version, "val_loss": _json(loss)}

@@ -335,7 +335,7 @@ class Coordinator:
             case TrainingRow(summary):
                 self._file.append(effect)
                 self._ledger.append(summary)
-                self._instruments.stepped(summary.tokens)
+                self._instruments.stepped(0 if summary.refused else summary.tokens)
                 if summary.skipped or summary.step % self.config.log.every_steps == 0:
                     self._log.info("trained", **values_of(effect))
             case ValidationRow(version):

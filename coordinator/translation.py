@@ -72,6 +72,7 @@ def _summary_from_wire(summary: coordinator_pb2.StepSummary, num_lanes: int) -> 
         tally=wire.tally_from_wire(summary.tally, num_lanes),
         skipped=summary.skipped,
         requests=summary.requests,
+        refused=summary.refused,
     )
 
 
@@ -85,6 +86,7 @@ def summary_to_wire(summary: StepSummary) -> coordinator_pb2.StepSummary:
         skipped=summary.skipped,
         requests=summary.requests,
         tally=wire.tally_to_wire(summary.tally),
+        refused=summary.refused,
     )
 
 

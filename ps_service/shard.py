@@ -381,6 +381,7 @@ class Shard:
                 learning_rate=decision.learning_rate,
                 tokens=decision.tokens,
                 skipped=decision.skipped,
+                refused=decision.refused,
                 requests=decision.requests,
                 tally=wire.tally_to_wire(decision.tally),
             )

@@ -59,15 +59,16 @@ class Entry:
     tokens: int
     tally: Tally
     skipped: bool = False  # its gradients were not finite: counted, and not applied
+    refused: bool = False  # ASP: computed from too old a version; counted, not applied, and computed anew
 
 
 def to_line(item: TimelineStart | Entry) -> bytes:
     match item:
         case TimelineStart():
             values = asdict(item)
-        case Entry(step, timeline, tokens, tally, skipped):
+        case Entry(step, timeline, tokens, tally):
             values = {"step": step, "timeline": timeline, "tokens": tokens, "tables": tally.tables, "lanes": tally.runs}
-            values |= {"skipped": True} if skipped else {}
+            values |= {name: True for name in ("skipped", "refused") if getattr(item, name)}
     return json.dumps(values, separators=(",", ":")).encode() + b"\n"
 
 
@@ -81,7 +82,8 @@ def from_line(line: bytes) -> TimelineStart | Entry:
             return TimelineStart(numbers[0], numbers[1], numbers[2], str(values["reason"]), expects)
         numbers = [_count(values[name]) for name in ("step", "timeline", "tokens", "tables")]
         runs = tuple(LaneRun(*map(_count, run)) for run in values["lanes"])
-        return Entry(numbers[0], numbers[1], numbers[2], Tally(numbers[3], runs), values.get("skipped") is True)
+        flags = [values.get(name) is True for name in ("skipped", "refused")]
+        return Entry(numbers[0], numbers[1], numbers[2], Tally(numbers[3], runs), *flags)
     except (KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"not a line of a ledger: {line[:80]!r}") from error
 
@@ -112,7 +114,8 @@ class Account:
     num_steps: int = 0  # that stand
     num_skipped: int = 0  # of them
     num_entries: int = 0  # with those that are superseded
-    num_micro_batches: int = 0
+    num_micro_batches: int = 0  # without those of refused steps, which are computed anew
+    num_refused: int = 0
     lanes: list[Lane | None] = field(default_factory=list)  # ASP: whose each of the steps that stand is
     restarts: list[int] = field(default_factory=list)  # versions that timelines began with, each once, rising
     roll_backs: list[RollBack] = field(default_factory=list)
@@ -181,8 +184,9 @@ def _conclude(account: Account, standing: dict[int, _Standing], expects: Expecte
         if step != following:
             account.faults.append(f"{_range('step', following, step - 1)}: no entry")
         account.faults += standing[step].faults
-        account.num_micro_batches += standing[step].expects.micro_batches
+        account.num_micro_batches += 0 if standing[step].entry.refused else standing[step].expects.micro_batches
         account.num_skipped += standing[step].entry.skipped
+        account.num_refused += standing[step].entry.refused
         account.lanes += [lane_of(standing[step].entry)] if expects.lanes_a_step else []
         following = step + 1
     if reached > following:

@@ -238,7 +238,7 @@ class Reference:
         self._copies[index] = [chunk.parameter.clone() for chunk in self._chunks]
         mean_loss = loss / num_tokens if num_tokens else math.nan
         row: Row = {"step": self.version, "loss": mean_loss, "grad_norm": clip.grad_norm, "lr": rate, "tokens": num_tokens}
-        return row if clip.finite else {**row, "skipped": True}
+        return {**row, **({} if clip.finite else {"skipped": True}), **({"refused": True} if refused else {})}
 
     def _run_lane(self, step: int, index: int) -> tuple[float, int, dict[str, Tensor]]:
         """The sum of the lane's token losses in its batch of `step`, its tokens, and what it pushes of each leaf."""

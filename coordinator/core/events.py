@@ -57,6 +57,7 @@ class StepSummary:
     tally: Tally  # how often each lane was counted, over all sites of all chunks
     skipped: bool = False
     requests: int = 0  # REQUEST_* bits that took effect with this step
+    refused: bool = False  # ASP: computed from too old a version, and computed anew
 
 
 @dataclass(frozen=True, slots=True)

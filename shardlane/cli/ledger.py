@@ -68,8 +68,10 @@ def _faults(account: Account) -> str:
 def _proof(account: Account, num_bytes: int) -> str:
     """`400 steps, 3,200 micro-batches of 4 lanes: each counted exactly once in all 38 tables; 73 bytes a step`."""
     first = f" from {account.first_step} on" if account.first_step else ""
-    skipped = f" ({account.num_skipped:,} skipped)" if account.num_skipped else ""
-    text = f"{_number(account.num_steps, 'step')}{first}{skipped}, {_number(account.num_micro_batches, 'micro-batch')}"
+    unused = {"skipped": account.num_skipped, "refused": account.num_refused}
+    words = ", ".join(f"{count:,} {word}" for word, count in unused.items() if count)
+    text = f"{_number(account.num_steps, 'step')}{first}{f' ({words})' if words else ''}"
+    text += f", {_number(account.num_micro_batches, 'micro-batch')}"
     text += f" of {_number(account.expects.lanes, 'lane')}: each counted exactly once in all {account.expects.tables:,} tables"
     if account.roll_backs:
         superseded = _number(sum(each.num_superseded for each in account.roll_backs), "entry")

@@ -22,7 +22,8 @@ def format_row(row: Row) -> str:
         return f"step: {row['step']}  val_loss: {_number(row['val_loss'])}"
     parts = [f"step: {row['step']}", f"loss: {_number(row['loss'])}", f"grad_norm: {_number(row['grad_norm'])}"]
     parts += [f"lr: {row['lr']:.2e}", f"tps: {row['tokens_per_second']:,.0f}"]
-    return "  ".join([*parts, *(["skipped: gradients not finite"] if row.get("skipped") else [])])
+    reasons = {"skipped": "skipped: gradients not finite", "refused": "refused: computed from too old a version"}
+    return "  ".join([*parts, *(reason for name, reason in reasons.items() if row.get(name))])
 
 
 def _number(value: float | None) -> str:

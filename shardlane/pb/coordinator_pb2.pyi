@@ -160,7 +160,7 @@ class RegisterResponse(_message.Message):
     def __init__(self, lease_seconds: _Optional[float] = ..., readmission: _Optional[str] = ...) -> None: ...
 
 class StepSummary(_message.Message):
-    __slots__ = ("step", "loss", "grad_norm", "learning_rate", "tokens", "skipped", "requests", "tally")
+    __slots__ = ("step", "loss", "grad_norm", "learning_rate", "tokens", "skipped", "requests", "tally", "refused")
     STEP_FIELD_NUMBER: _ClassVar[int]
     LOSS_FIELD_NUMBER: _ClassVar[int]
     GRAD_NORM_FIELD_NUMBER: _ClassVar[int]
@@ -169,6 +169,7 @@ class StepSummary(_message.Message):
     SKIPPED_FIELD_NUMBER: _ClassVar[int]
     REQUESTS_FIELD_NUMBER: _ClassVar[int]
     TALLY_FIELD_NUMBER: _ClassVar[int]
+    REFUSED_FIELD_NUMBER: _ClassVar[int]
     step: int
     loss: float
     grad_norm: float
@@ -177,7 +178,8 @@ class StepSummary(_message.Message):
     skipped: bool
     requests: int
     tally: _tensor_pb2.Tally
-    def __init__(self, step: _Optional[int] = ..., loss: _Optional[float] = ..., grad_norm: _Optional[float] = ..., learning_rate: _Optional[float] = ..., tokens: _Optional[int] = ..., skipped: bool = ..., requests: _Optional[int] = ..., tally: _Optional[_Union[_tensor_pb2.Tally, _Mapping]] = ...) -> None: ...
+    refused: bool
+    def __init__(self, step: _Optional[int] = ..., loss: _Optional[float] = ..., grad_norm: _Optional[float] = ..., learning_rate: _Optional[float] = ..., tokens: _Optional[int] = ..., skipped: bool = ..., requests: _Optional[int] = ..., tally: _Optional[_Union[_tensor_pb2.Tally, _Mapping]] = ..., refused: bool = ...) -> None: ...
 
 class HeartbeatRequest(_message.Message):
     __slots__ = ("incarnation", "plan", "version", "steps", "activity", "caught_up", "diverged", "lane_seconds", "leaving")

@@ -29,6 +29,7 @@ def test_rows_are_shown_as_the_field_writes_them() -> None:
     assert format_row(row(10, 3.1, 12345.4)) == "step: 10  loss: 3.1000  grad_norm: 0.9000  lr: 3.00e-03  tps: 12,345"
     assert format_row({"step": 10, "val_loss": 3.25}) == "step: 10  val_loss: 3.2500"
     assert format_row(row(4, None, skipped=True)).endswith("skipped: gradients not finite")
+    assert format_row(row(4, 3.0, refused=True)).endswith("refused: computed from too old a version")
 
 
 def test_a_tail_gives_each_whole_line_once(tmp_path: Path) -> None:

@@ -46,12 +46,14 @@ def faults(path: Path) -> list[str]:
 def test_an_entry_has_what_the_shards_counted(path: Path) -> None:
     file = fill(path, 1)
     file.append(replace(summary(1), skipped=True))
+    file.append(replace(summary(2), refused=True))
     file.flush()
     counted = summary(0).tally
     assert items(path) == [
         TimelineStart(0, 0, 0, "everybody is here", EXPECTS),
         Entry(0, 0, 32, counted),
         Entry(1, 0, 32, counted, skipped=True),
+        Entry(2, 0, 32, counted, refused=True),
     ]
 
 

@@ -43,7 +43,8 @@ def test_what_a_config_makes_of_a_step() -> None:
 
 
 def test_lines_say_what_was_written_and_are_short() -> None:
-    items = [Entry(399, 1, 64, ONCE, skipped=True), TimelineStart(1, 20, 12, "shard-1 is gone", EXPECTS)]
+    flags = [Entry(399, 1, 64, ONCE, skipped=True), Entry(7, 0, 64, ONCE, refused=True)]
+    items = [*flags, TimelineStart(1, 20, 12, "shard-1 is gone", EXPECTS)]
     assert [from_line(to_line(item)) for item in items] == items
     assert to_line(Entry(399, 0, 8192, Tally(77, ONCE.runs))) == (
         b'{"step":399,"timeline":0,"tokens":8192,"tables":77,"lanes":[[0,4,1,1]]}\n'

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from shardlane import turns
 from shardlane.data import TokenFolder
 from shardlane.errors import ConfigError
 from shardlane.ids import Lane, Step, Timeline, Version
-from shardlane.ledger import Entry, Expected, TimelineStart, judge, to_line
+from shardlane.ledger import Entry, Expected, TimelineStart, from_line, judge, to_line
 from shardlane.reference import Reference
 from shardlane.tally import LaneRun, Tally
 from shardlane.turn_table import Order
@@ -128,6 +129,13 @@ def start(timeline: int = 0, version: int = 0) -> bytes:
 def test_a_ledger_proves_each_contribution_and_tells_their_order() -> None:
     account = judge([start(), *lines(0, 1, 0, 3)], EXPECTS)
     assert (account.faults, account.lanes, account.restarts, account.num_micro_batches) == ([], [0, 1, 0, 3], [0], 8)
+
+
+def test_what_a_refused_turn_was_computed_of_is_counted_where_it_is_computed_anew() -> None:
+    refused, again = (from_line(line) for line in lines(0, 0))
+    assert isinstance(refused, Entry)
+    account = judge([start(), to_line(replace(refused, refused=True)), to_line(again)], EXPECTS)
+    assert (account.faults, account.num_steps, account.num_refused, account.num_micro_batches) == ([], 2, 1, 2)
 
 
 def test_of_a_timeline_that_went_back_the_order_is_the_new_one() -> None:

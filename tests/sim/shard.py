@@ -360,7 +360,7 @@ class ShardProcess(MemberProcess):
         self._summaries.append(
             StepSummary(
                 step, decision.loss, decision.grad_norm, decision.learning_rate, decision.tokens, decision.tally,
-                decision.skipped, decision.requests,
+                decision.skipped, decision.requests, decision.refused,
             )
         )  # fmt: skip
 
