@@ -50,7 +50,7 @@ RELEASES: dict[str, tuple[str, Object]] = {
         "llama",
         {
             "certificates": "cert-manager",
-            "cluster": {"stages": 4, "replicas": 2, "shards": 3},
+            "cluster": {"stages": 4, "replicas": 2, "shards": 3, "replicasMax": 3},
             "spareWorkers": 1,
             "image": {"repository": "registry.example/shardlane", "tag": "0.1.0-cuda", "pullSecrets": ["registry"]},
             "storage": {"shared": {"manyNodes": True, "className": "nfs"}, "run": {"className": "ssd"}},

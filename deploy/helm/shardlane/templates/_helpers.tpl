@@ -26,6 +26,9 @@ helm.sh/chart: {{ .Chart.Name }}-{{ .Chart.Version }}
 stages = {{ .Values.cluster.stages }}
 replicas = {{ .Values.cluster.replicas }}
 shards = {{ .Values.cluster.shards }}
+{{- with .Values.cluster.replicasMax }}
+replicas_max = {{ . }}
+{{- end }}
 {{ end }}
 
 {{- define "shardlane.podSecurity" -}}
