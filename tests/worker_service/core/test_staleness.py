@@ -130,6 +130,12 @@ def test_a_step_that_is_closed_is_left_and_neighbours_are_told_by_the_pull() -> 
     assert story.ran(published=4) == [Abandon(), Pull(story.stepper.attempt, Version(3), Version(4), Version(4))]
 
 
+def test_a_step_that_is_closed_when_it_is_done_leads_to_the_next_as_any() -> None:
+    story = Story(1)
+    story.until_running(2)
+    assert story.ran(published=3) == [Pull(story.stepper.attempt, Version(2), Version(3), Version(2))], "step 3 is open"
+
+
 def test_a_neighbour_one_step_on_is_no_news_and_one_that_knows_the_step_closed_is() -> None:
     story = Story(1)
     story.until_running(3)
