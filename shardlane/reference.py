@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from shardlane.cadence import checkpoints_at, validates_at
+from shardlane.cadence import checkpoints_at, validates_after
 from shardlane.checkpoint import CheckpointReader, PartWriter
 from shardlane.communication import codec_for, nonce_of, pull_dtype
 from shardlane.config import Config
@@ -113,7 +113,7 @@ class Reference:
             self.version = Version(self.version + 1)
             yield {**row, "tokens_per_second": row["tokens"] / (time.perf_counter() - started)}
             is_between = self._turns is not None and not self._turns.is_at_a_step
-            if not is_between and validates_at(self.num_steps, self.config):
+            if not is_between and validates_after(self.num_steps, self.config):
                 yield {"step": self.version, "val_loss": self.validation_loss()}
             is_due = self.is_done if is_between else checkpoints_at(self.num_steps, self.config) or self.is_done
             if checkpoints is not None and is_due:

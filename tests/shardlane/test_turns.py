@@ -131,6 +131,13 @@ def test_a_ledger_proves_each_contribution_and_tells_their_order() -> None:
     assert (account.faults, account.lanes, account.restarts, account.num_micro_batches) == ([], [0, 1, 0, 3], [0], 8)
 
 
+@pytest.mark.parametrize(("every", "at"), [(2, [2, 4, 6]), (0, [6])])
+def test_the_held_out_loss_is_taken_as_often_as_is_asked(tokens: TokenFolder, every: int, at: list[int]) -> None:
+    changes = {"train.max_steps": 6, "validation.num_micro_batches": 1, "validation.every_steps": every}
+    reference = Reference(toy_config(**{**ASP, **changes}), tokens)
+    assert [int(row["step"]) // reference.config.train.lanes for row in reference.run() if "val_loss" in row] == at
+
+
 def test_what_a_refused_turn_was_computed_of_is_counted_where_it_is_computed_anew() -> None:
     refused, again = (from_line(line) for line in lines(0, 0))
     assert isinstance(refused, Entry)
