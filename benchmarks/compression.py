@@ -108,8 +108,9 @@ def losses(report: Report, config: Config, modes: Modes, seeds: Sequence[int], p
         for (name, job), (loss, curve) in zip(jobs, pool.map(trained, [each for _, each in jobs]), strict=True):
             found[name].append(loss)
             if name not in curves:
-                tokens_a_step = job.train.global_batch_size * job.train.seq_len
-                curves[name] = {"tokens": [tokens_a_step * (t + 1) for t in range(len(curve))], "loss": curve}
+                train = job.train
+                tokens_a_row = train.lane_tokens * (1 if train.goes_by_turns else train.lanes)
+                curves[name] = {"tokens": [tokens_a_row * (t + 1) for t in range(len(curve))], "loss": curve}
             print(f"{name}: validation loss {loss:.4f}", file=sys.stderr)
     report.extra["curves"] = curves
     return found
