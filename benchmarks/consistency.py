@@ -27,6 +27,7 @@ from benchmarks.pipeline_cluster import counter
 from benchmarks.straggler import SLOWDOWN, Brake
 from shardlane.cli.supervisor import Child
 from shardlane.config import Config, load
+from shardlane.partition import Layout
 from shardlane.prepare import ensure_prepared
 
 BSP, DELAY, SSP, ASP = "BSP", "one-step delay", "SSP, s = 2", "ASP"
@@ -183,9 +184,14 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--window-seconds", type=float, default=30.0, help="of each speed (default: %(default)s)")
     parser.add_argument("--learning-rate", type=float, default=1e-3, help="the peak, of every mode (default: %(default)s)")
     parser.add_argument("--only", choices=("speed", "loss"), help="leaves out the other")
+    parser.add_argument("--hidden-size", type=int, default=192, help="192 makes 3 M parameters, 384 10 M (default: %(default)s)")
+    parser.add_argument(
+        "--modes", nargs="+", metavar="NAME", help=f"those whose loss is measured, beside {BSP}; all: {', '.join(modes_of(0))}"
+    )
     options = parser.parse_args(argv)
+    size = {"model.hidden_size": options.hidden_size, "model.intermediate_size": options.hidden_size * 8 // 3}
     changes = {"train.max_steps": options.steps, "schedule.warmup_steps": options.steps // 20}
-    config = load(CONFIG).with_changes({**CHANGES, **changes, "optimizer.learning_rate": options.learning_rate})
+    config = load(CONFIG).with_changes({**CHANGES, **size, **changes, "optimizer.learning_rate": options.learning_rate})
     report = Report("consistency", "validation loss in nats a token; steps/s")
     with tempfile.TemporaryDirectory(prefix="shardlane-consistency-") as temporary:
         folder = Path(temporary)
@@ -196,7 +202,9 @@ def main(argv: list[str]) -> int:
             measure_slow_for_good(report, config, folder, rounds=options.rounds, window_seconds=options.window_seconds)
         if options.only != "speed":
             seeds = [config.train.seed + index for index in range(options.rounds)]
-            judge_losses(report, losses(report, config, modes_of(options.steps), seeds, options.processes))
+            modes = {name: each for name, each in modes_of(options.steps).items() if name in (BSP, *(options.modes or [name]))}
+            judge_losses(report, losses(report, config, modes, seeds, options.processes))
+            report.notes.append(f"{Layout.of(config).num_parameters / 1e6:.1f} M parameters")
             report.notes.append(
                 f"peak learning rate {options.learning_rate:g}; a warm-up is {int(WARMUP * options.steps)} steps of BSP"
             )
