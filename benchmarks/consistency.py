@@ -185,8 +185,13 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--learning-rate", type=float, default=1e-3, help="the peak, of every mode (default: %(default)s)")
     parser.add_argument("--only", choices=("speed", "loss"), help="leaves out the other")
     parser.add_argument("--hidden-size", type=int, default=192, help="192 makes 3 M parameters, 384 10 M (default: %(default)s)")
+    choices = tuple(modes_of(0))
     parser.add_argument(
-        "--modes", nargs="+", metavar="NAME", help=f"those whose loss is measured, beside {BSP}; all: {', '.join(modes_of(0))}"
+        "--modes",
+        nargs="+",
+        metavar="NAME",
+        choices=choices,
+        help=f"whose loss is measured, beside {BSP}: {', '.join(choices[1:])}",
     )
     options = parser.parse_args(argv)
     size = {"model.hidden_size": options.hidden_size, "model.intermediate_size": options.hidden_size * 8 // 3}
