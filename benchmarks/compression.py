@@ -116,19 +116,24 @@ def losses(report: Report, config: Config, modes: Modes, seeds: Sequence[int], p
     return found
 
 
-def judge(report: Report, pushed: dict[str, float], found: dict[str, list[float]]) -> None:
+def judge_losses(report: Report) -> None:
+    found = report.samples
     deviation = statistics.stdev(found[DENSE]) if len(found[DENSE]) > 1 else 0.0
     mean = statistics.mean(found[DENSE])
     for name in CODES:
-        saved = f"bytes: {DENSE} / {name}"
-        report.ratios[saved] = Spread.of([pushed[DENSE] / pushed[name]])
-        if name in SAVED:
-            report.targets[saved] = Target(SAVED[name])
         worse = f"loss: {name} / {DENSE}"
         report.ratios[worse] = Spread.of([statistics.mean(found[name]) / mean])
         if name in WORSE:
             report.targets[worse] = Target(median_max=1 + max(WORSE[name], 2 * deviation / mean))
     report.notes.append(f"standard deviation of the loss over seeds: {deviation:.4f} of {mean:.4f}")
+
+
+def judge_bytes(report: Report, pushed: dict[str, float]) -> None:
+    for name in CODES:
+        saved = f"bytes: {DENSE} / {name}"
+        report.ratios[saved] = Spread.of([pushed[DENSE] / pushed[name]])
+        if name in SAVED:
+            report.targets[saved] = Target(SAVED[name])
     report.notes.append(
         f"one lane a replica; with n lanes each, a code that rounds saves 1/n as much beside one {DENSE} sum of them"
     )
@@ -140,6 +145,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--steps", type=int, default=400, help="steps that the loss is measured after (default: %(default)s)")
     parser.add_argument("--processes", type=int, default=2, help="references that train at a time (default: %(default)s)")
     parser.add_argument("--learning-rate", type=float, default=1e-3, help="the peak, also of local steps (default: %(default)s)")
+    parser.add_argument("--only", choices=("bytes", "loss"), help="leaves out the other")
     options = parser.parse_args(argv)
     rates = {"optimizer.learning_rate": options.learning_rate, "inner.learning_rate": options.learning_rate}
     schedule = {"train.max_steps": options.steps, "schedule.warmup_steps": options.steps // 20}
@@ -150,13 +156,16 @@ def main(argv: list[str]) -> int:
         data = ensure_prepared(config, folder, lambda line: print(line, file=sys.stderr)).path
         config = config.with_changes({"data.path": str(data)})
         seeds = [config.train.seed + index for index in range(options.rounds)]
-        report.samples = losses(report, config, CODES, seeds, options.processes)
+        if options.only != "bytes":
+            report.samples = losses(report, config, CODES, seeds, options.processes)
+            judge_losses(report)
         pushed = {}
-        for index, (name, changes) in enumerate(CODES.items()):
+        for index, (name, changes) in enumerate(CODES.items() if options.only != "loss" else ()):
             coded = with_code(config, changes)
             pushed[name] = bytes_a_step(coded, folder / f"run-{index}", num_steps=1 + 10 // coded.train.local_steps)
             print(f"{name}: {pushed[name] / 1e6:.3f} MB a step", file=sys.stderr)
-    judge(report, pushed, report.samples)
+    if pushed:
+        judge_bytes(report, pushed)
     return harness.finish(report, options)
 
 

@@ -22,6 +22,7 @@ from shardlane.pb import coordinator_pb2
 from shardlane.pb.coordinator_pb2 import GetStatusResponse
 
 WAIT_SECONDS = 120.0
+PAUSE_SECONDS = 30.0  # for every worker to hold, or somebody had begun another step
 _POLL_SECONDS = 0.1
 
 
@@ -72,12 +73,20 @@ class Fleet:
         self.wait(lambda status: all(each.lease_age_seconds < 1.0 for each in status.members))
 
     def pause(self) -> int:
-        """Waits until every worker has made its step and holds; the version then."""
-        with CoordinatorClient(self.address, self._network) as client:
-            client.control(coordinator_pb2.CONTROL_ACTION_PAUSE)
-        roles = coordinator_pb2.ROLE_WORKER
-        status = self.wait(lambda now: all(m.activity.startswith("held") for m in now.members if m.member.role == roles))
-        return int(status.version)
+        """Waits until every worker has made its step and holds; the version then.
+
+        Who hears of the pause a step later than the others has begun that step, and would wait for them: all go on, and try again.
+        """
+        deadline = time.monotonic() + WAIT_SECONDS
+        while True:
+            with CoordinatorClient(self.address, self._network) as client:
+                client.control(coordinator_pb2.CONTROL_ACTION_PAUSE)
+            try:
+                return int(self.wait(_all_hold, PAUSE_SECONDS).version)
+            except RuntimeError:
+                if time.monotonic() > deadline:
+                    raise
+            self.resume()
 
     def resume(self) -> None:
         with CoordinatorClient(self.address, self._network) as client:
@@ -90,20 +99,25 @@ class Fleet:
         except UserError:
             return None
 
-    def wait(self, is_true: Callable[[GetStatusResponse], bool]) -> GetStatusResponse:
+    def wait(self, is_true: Callable[[GetStatusResponse], bool], seconds_max: float = WAIT_SECONDS) -> GetStatusResponse:
         """Raises `RuntimeError` if it does not come to pass."""
-        deadline = time.monotonic() + WAIT_SECONDS
+        deadline = time.monotonic() + seconds_max
         while time.monotonic() < deadline:
             status = self.status()
             if status is not None and is_true(status):
                 return status
             time.sleep(_POLL_SECONDS)
-        raise RuntimeError(f"it did not come to pass in {WAIT_SECONDS:g} s; see {self.folder.logs}")
+        raise RuntimeError(f"it did not come to pass in {seconds_max:g} s; see {self.folder.logs}")
 
     def workers(self) -> list[str]:
         """`/metrics` of each worker."""
         status = self.wait(lambda status: True)
         return [each.metrics_address for each in status.members if each.member.role == coordinator_pb2.ROLE_WORKER]
+
+
+def _all_hold(status: GetStatusResponse) -> bool:
+    workers = [each for each in status.members if each.member.role == coordinator_pb2.ROLE_WORKER]
+    return all(each.activity.startswith("held") for each in workers)
 
 
 def step_seconds(workers: list[str], seconds: float) -> float:
