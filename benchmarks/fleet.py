@@ -75,7 +75,7 @@ class Fleet:
     def pause(self) -> int:
         """Waits until every worker has made its step and holds; the version then.
 
-        Who hears of the pause a step later than the others has begun that step, and would wait for them: all go on, and try again.
+        Who hears of the pause a step later than others has begun that step, and would wait for them: all go on, and try again.
         """
         deadline = time.monotonic() + WAIT_SECONDS
         while True:
