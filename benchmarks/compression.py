@@ -16,7 +16,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 from benchmarks import harness
-from benchmarks.fleet import Fleet
+from benchmarks.fleet import PAUSE_SECONDS, Fleet
 from benchmarks.harness import Report, Spread, Target, arguments
 from benchmarks.pipeline_cluster import counter
 from shardlane.config import Config, load
@@ -80,7 +80,7 @@ def bytes_a_step(config: Config, run_dir: Path, num_steps: int) -> float:
         workers = fleet.workers()
         looks = []
         for _ in range(2):
-            version = fleet.pause()
+            version = fleet.pause(max(PAUSE_SECONDS, config.train.local_steps))
             looks.append((version, sum(counter(each, PUSHED) for each in workers)))
             fleet.resume()
             fleet.wait(lambda status, version=version: status.version >= version + num_steps)  # type: ignore[misc]

@@ -22,7 +22,7 @@ from shardlane.pb import coordinator_pb2
 from shardlane.pb.coordinator_pb2 import GetStatusResponse
 
 WAIT_SECONDS = 120.0
-PAUSE_SECONDS = 30.0  # for every worker to hold, or somebody had begun another step
+PAUSE_SECONDS = 4.0  # for every worker to hold, or somebody had begun another step
 _POLL_SECONDS = 0.1
 
 
@@ -72,7 +72,7 @@ class Fleet:
         self.coordinator = self._start_coordinator(["--bind", self.address])
         self.wait(lambda status: all(each.lease_age_seconds < 1.0 for each in status.members))
 
-    def pause(self) -> int:
+    def pause(self, seconds_max: float = PAUSE_SECONDS) -> int:
         """Waits until every worker has made its step and holds; the version then.
 
         Who hears of the pause a step later than others has begun that step, and would wait for them: all go on, and try again.
@@ -82,11 +82,13 @@ class Fleet:
             with CoordinatorClient(self.address, self._network) as client:
                 client.control(coordinator_pb2.CONTROL_ACTION_PAUSE)
             try:
-                return int(self.wait(_all_hold, PAUSE_SECONDS).version)
+                return int(self.wait(_all_hold, seconds_max).version)
             except RuntimeError:
                 if time.monotonic() > deadline:
                     raise
             self.resume()
+            stood = self.wait(lambda now: True).version
+            self.wait(lambda now, stood=stood: now.version > stood)  # type: ignore[misc]
 
     def resume(self) -> None:
         with CoordinatorClient(self.address, self._network) as client:
