@@ -101,6 +101,8 @@ evidence: setup
 	.venv/bin/python -m benchmarks.straggler --json docs/evidence/straggler.json
 	.venv/bin/python -m benchmarks.compression --json docs/evidence/compression.json
 	.venv/bin/python -m benchmarks.consistency --only loss --json docs/evidence/consistency.json
+	.venv/bin/python -m benchmarks.consistency --only loss --rounds 1 --hidden-size 384 --json docs/evidence/consistency-10m.json --modes \
+	  'one-step delay, looking ahead after a warm-up' 'SSP, s = 2, looking ahead after a warm-up'
 	.venv/bin/python -m benchmarks.consistency --learning-rate 3e-3 --json docs/evidence/consistency-at-3e-3.json
 	.venv/bin/python -m benchmarks.links --json docs/evidence/links.json # needs root, for network namespaces
 	.venv/bin/python -m benchmarks.plots docs/evidence

@@ -204,17 +204,12 @@ class Inbox:
             deadline = time.monotonic() + rpc.WAIT_SECONDS
 
     def _note(self, seat: Seat, header: worker_pb2.TransferRequest) -> None:
-        is_over = -1
-        if header.sender != seat.above:
-            pass
-        elif header.kind in (VALIDATION, STANDING):
-            is_over = header.step - 1
-        else:
-            is_over = self._reads(header.step)
-        if is_over > self._validated and self._num_places == 1:
-            with self._changed:
-                self._validated = is_over
-                self._changed.notify_all()
+        if header.sender == seat.above and self._num_places == 1:
+            is_over = header.step - 1 if header.kind in (VALIDATION, STANDING) else self._reads(header.step)
+            if is_over > self._validated:
+                with self._changed:
+                    self._validated = is_over
+                    self._changed.notify_all()
         if header.published > self._published:
             self._published = Version(header.published)
             self._on_ahead(self._published, seat.number)

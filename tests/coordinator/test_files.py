@@ -35,13 +35,22 @@ def fill(path: Path, num_steps: int) -> MetricsFile:
 def test_rows_have_the_names_that_people_know(tmp_path: Path) -> None:
     file = MetricsFile(tmp_path / "metrics.jsonl")
     file.append(TrainingRow(summary(0), 123.4567))
-    file.append(TrainingRow(replace(summary(1), loss=math.nan, skipped=True), 5.0))
+    file.append(TrainingRow(replace(summary(1), loss=math.nan, skipped=True, refused=True), 5.0))
     file.append(ValidationRow(Version(2), 4.5))
     assert (file.version, file.num_pending) == (0, 3)
     file.flush()
     assert (file.version, file.num_pending) == (2, 0)
     first = {"step": 0, "loss": 5.0, "grad_norm": 1.0, "lr": 1e-3, "tokens": 32, "tokens_per_second": 123.457}
-    second = {"step": 1, "loss": None, "grad_norm": 1.0, "lr": 1e-3, "tokens": 32, "tokens_per_second": 5.0, "skipped": True}
+    second = {
+        "step": 1,
+        "loss": None,
+        "grad_norm": 1.0,
+        "lr": 1e-3,
+        "tokens": 32,
+        "tokens_per_second": 5.0,
+        "skipped": True,
+        "refused": True,
+    }
     assert rows(tmp_path / "metrics.jsonl") == [first, second, {"step": 2, "val_loss": 4.5}]
 
 

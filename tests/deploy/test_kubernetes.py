@@ -216,6 +216,7 @@ def test_as_many_start_as_the_config_places(objects: tuple[Object, ...], tmp_pat
     }
     if "chart, all of it" in request.node.callspec.params.values():
         wanted["worker"] += 1  # a spare
+        assert config.cluster.replicas_max == 3
     assert {role: workload["spec"]["replicas"] for role, workload in members(objects).items()} == wanted
     has_store = not of_kind(objects, "PersistentVolumeClaim")
     place = "s3://bucket/" if has_store else "/shared/"

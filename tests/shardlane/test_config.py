@@ -57,6 +57,7 @@ def test_a_preset_fills_what_is_not_given(file: Path) -> None:
         (["--train.lanes", "3"], ["lanes is 3", "power of two"]),
         (["--train.global_batch_size", "20"], ["global_batch_size 20", "micro_batch_size x lanes"]),
         (["--train.stop_at_step", "900"], ["stop_at_step 900", "max_steps 200"]),
+        (["--train.staleness_warmup_steps", "3"], ["staleness_warmup_steps is 3", "staleness 0"]),
         (["--cluster.stages", "5"], ["cluster.stages 5", "num_hidden_layers 4"]),
         (["--cluster.replicas", "4"], ["cluster.replicas 4", "train.lanes 2"]),
         (["--schedule.warmup_steps", "500"], ["warmup_steps", "max_steps 200"]),
